@@ -1,0 +1,1 @@
+"""What generates: rollout workers, revisers, the fleet. Imports vllm in one file only; never imports learner."""

@@ -1,0 +1,280 @@
+"""The engine contract on vLLM: token ids in, token ids out, and a version taken in flight. The only file that imports vLLM to generate.
+
+A rollout worker makes one ``VllmEngine`` and owns it. vLLM is imported only in ``start``, after ``engine_environment`` has been put into
+the process's environment (the fleet does so when it creates the actor), because vLLM reads it on import and its child processes inherit
+it. Knows nothing of prompts, pairs, roles or Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from sgpo_dist.errors import EnvironmentProblem, WeightSyncError, WorkerFault
+from sgpo_dist.records import Completion, FinishReason
+from sgpo_dist.roles import GenerateRequest, Sampling
+from sgpo_dist.weights.version import ProbeRow, WeightBundle, WeightProof
+
+ROLE = "engine"
+OWNER_VARIABLE = "SGPO_ENGINE_OWNER_PID"
+_DIGEST_TIMEOUT_S = 120.0
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """Everything an engine needs to know, as plain values.
+
+    ``transport`` is shm, nccl or ipc. ``cpu_cores`` are the cores of a CPU engine (None: all this process may use). ``kv_cache_gib`` bounds a CPU
+    engine's KV cache, ``gpu_memory_utilization`` a GPU engine's memory. ``probes`` are scored after each received version.
+    ``engine_kwargs`` go to vLLM unchanged and win over everything here. ``repack_tied_head`` is for one regression test only.
+    """
+
+    model_dir: str
+    dtype: str = "float32"
+    max_model_len: int = 1024
+    tensor_parallel_size: int = 1
+    kv_cache_gib: float = 1.0
+    gpu_memory_utilization: float = 0.85
+    transport: str = "shm"
+    cpu_cores: tuple[int, ...] | None = None
+    engine_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    probes: tuple[ProbeRow, ...] = ()
+    device: str = "cpu"
+    seed: int = 0
+    log_level: str = "INFO"
+    max_num_seqs: int = 128
+    worker_id: str = "engine"
+    repack_tied_head: bool = True
+
+
+def engine_environment(spec: EngineSpec) -> dict[str, str]:
+    """Variables that must be in the process's environment before vLLM is imported in it; its child processes inherit them."""
+    environment = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": spec.log_level,
+        "VLLM_LOGGING_COLOR": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if os.path.isdir(spec.model_dir):
+        environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if spec.device == "cpu":
+        environment |= _cpu_environment(spec.cpu_cores)
+    return environment
+
+
+def _cpu_environment(cores: tuple[int, ...] | None) -> dict[str, str]:
+    """Bind the engine to ``cores``. Without this vLLM keeps one core back for its scheduler, which is half of a two-core machine."""
+    bound = cores if cores is not None else tuple(sorted(os.sched_getaffinity(0)))
+    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, bound)), "OMP_NUM_THREADS": str(len(bound)), "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+
+
+class VllmEngine:
+    """``sgpo_dist.roles.Engine`` on vLLM's AsyncLLM."""
+
+    def __init__(self, spec: EngineSpec, clock: Callable[[], float] = time.monotonic) -> None:
+        self._spec = spec
+        self._clock = clock
+        self._llm: Any = None
+        self._version = -1
+        self._receiving = asyncio.Lock()
+        self._probe_count = 0
+        self._broken = ""
+
+    @property
+    def version(self) -> int:
+        """The version that new tokens are sampled from; -1 before the first proved version."""
+        return self._version
+
+    async def start(self) -> None:
+        """Load the model in child processes; 20-60 s on a CPU. Raises EnvironmentProblem with vLLM's reason when it cannot.
+
+        The caller's deadline bounds it: the load itself runs in a thread, so that the actor answers meanwhile.
+        """
+        os.environ[OWNER_VARIABLE] = str(os.getpid())
+        try:
+            self._llm = await asyncio.to_thread(_load, self._spec)
+        except (RuntimeError, ValueError, OSError) as problem:
+            raise EnvironmentProblem(f"vLLM did not start on {self._spec.model_dir}: {_first_line(problem)}") from None
+        if self._spec.transport == "shm":
+            await self._init_transfer()
+
+    async def _init_transfer(self) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        from actors.weight_receiver import shm_init_info
+
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(shm_init_info(self._spec.repack_tied_head)))
+
+    async def generate(self, request: GenerateRequest) -> Completion:
+        """One completion; its version is the one that was current when it began, even if a newer one arrived before its end.
+
+        The caller's deadline bounds it; cancelling aborts the request. Raises WorkerFault when the engine is dead.
+        """
+        from vllm import SamplingParams
+
+        params = SamplingParams(**sampling_arguments(request.sampling, request.seed))
+        version = self._version
+        output = await self._run(request.request_id, request.prompt_ids, params)
+        answer = output.outputs[0]
+        return Completion(
+            text=answer.text, token_ids=tuple(answer.token_ids), finish_reason=finish_reason(answer.finish_reason), version=version
+        )
+
+    async def logps(self, rows: Sequence[ProbeRow]) -> tuple[tuple[float, ...], ...]:
+        """Per-token log-probs (nats, temperature 1) of each row's completion under the live weights; the prefix cache is not read."""
+        return tuple(await asyncio.gather(*(self._row_logps(row) for row in rows)))
+
+    async def _row_logps(self, row: ProbeRow) -> tuple[float, ...]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False, skip_reading_prefix_cache=True)
+        self._probe_count += 1
+        output = await self._run(f"probe-{self._probe_count}", row.prompt_ids + row.completion_ids, params)
+        scored = output.prompt_logprobs[len(row.prompt_ids) :]
+        return tuple(position[token].logprob for position, token in zip(scored, row.completion_ids, strict=True))
+
+    async def _run(self, request_id: str, prompt_ids: Sequence[int], params: Any) -> Any:
+        """The final output of one request."""
+        from vllm.inputs.engine import tokens_input
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        self._refuse_if_broken()
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        output = None
+        try:
+            async for output in self._llm.generate(tokens_input(list(prompt_ids)), params, request_id):
+                continue
+        except (EngineDeadError, EngineGenerateError) as problem:
+            raise WorkerFault(ROLE, f"vLLM's engine process died: {_first_line(problem)}") from None
+        if output is None:
+            raise WorkerFault(ROLE, f"request {request_id} ended without an answer")
+        return output
+
+    async def receive(self, bundle: WeightBundle) -> WeightProof:
+        """Take a version in flight. Requests that run keep running on the new weights, with their cache computed anew.
+
+        The bytes are digested while tokens still flow; the stall is pause to resume. The engine goes on only when the digest is the
+        bundle's; the version counts only after the probes were scored. Raises WeightSyncError for other bytes, WorkerFault for a
+        dead engine; after either the engine refuses everything, because its weights may be half of each. The caller's deadline bounds it.
+        """
+        async with self._receiving:
+            began = self._clock()
+            try:
+                checksum, stall_s = await self._swap(bundle)
+            except BaseException as problem:
+                self._broken = f"version {bundle.version} was not taken whole: {_first_line(problem)}"
+                raise
+            probe_logps = await self.logps(self._spec.probes)
+            self._version = bundle.version
+            total_s = self._clock() - began
+            return WeightProof(self._spec.worker_id, bundle.version, checksum, probe_logps, stall_s, total_s)
+
+    async def _swap(self, bundle: WeightBundle) -> tuple[str, float]:
+        """Pause, load, compare, resume; returns the digest and the stall in seconds. After a failure nothing is resumed."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        from actors.weight_receiver import shm_update_info
+
+        self._refuse_if_broken()
+        try:
+            await self._llm.collective_rpc("sgpo_start_digest", args=(bundle.uri,))
+            paused = self._clock()
+            await self._llm.pause_generation(mode="keep", clear_cache=True)
+            await self._llm.start_weight_update()
+            await self._llm.update_weights(WeightTransferUpdateRequest(shm_update_info(bundle.uri)))
+            await self._llm.finish_weight_update(str(bundle.version))
+            checksum = _agreed(await self._llm.collective_rpc("sgpo_digest", args=(_DIGEST_TIMEOUT_S,)))
+            if checksum != bundle.checksum:
+                raise WeightSyncError(f"{self._spec.worker_id} read other bytes for version {bundle.version} than were published")
+            await self._llm.resume_generation()
+        except EngineDeadError as problem:
+            raise WorkerFault(ROLE, f"vLLM's engine process died: {_first_line(problem)}") from None
+        return checksum, self._clock() - paused
+
+    async def pids(self) -> list[int]:
+        """Process ids of the engine's children, for supervision and tests."""
+        return sorted({pid for row in await self._llm.collective_rpc("sgpo_pids") for pid in row} - {os.getpid()})
+
+    async def stop(self) -> None:
+        """End the engine and its child processes; safe to call twice. Waits at most 20 s for them."""
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            await asyncio.to_thread(llm.shutdown, 20.0)
+        self._broken = "stopped"
+
+    def _refuse_if_broken(self) -> None:
+        if self._broken or self._llm is None:
+            raise WorkerFault(ROLE, self._broken or "not started")
+
+
+def sampling_arguments(sampling: Sampling, seed: int) -> dict[str, Any]:
+    """vLLM's names for how one request samples; the end token belongs to the ids, special tokens do not belong to the text."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": sampling.max_new_tokens,
+        "seed": seed,
+        "skip_special_tokens": True,
+    }
+
+
+def finish_reason(name: str | None) -> FinishReason:
+    """Ours for vLLM's; anything but a stop or the token limit counts as aborted."""
+    return {"stop": FinishReason.STOP, "length": FinishReason.LENGTH}.get(name or "", FinishReason.ABORT)
+
+
+def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
+    """Arguments of vLLM's AsyncEngineArgs, the weight transfer configuration excepted."""
+    arguments = {
+        "model": spec.model_dir,
+        "dtype": spec.dtype,
+        "max_model_len": spec.max_model_len,
+        "tensor_parallel_size": spec.tensor_parallel_size,
+        "max_num_seqs": spec.max_num_seqs,
+        "seed": spec.seed,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "enable_log_requests": False,
+    }
+    arguments |= _cpu_arguments(spec) if spec.device == "cpu" else {"gpu_memory_utilization": spec.gpu_memory_utilization}
+    return arguments | dict(spec.engine_kwargs)
+
+
+def _cpu_arguments(spec: EngineSpec) -> dict[str, Any]:
+    """Eager, because compiling costs minutes at start. Prefills whole: cut into chunks, a seeded request kills vLLM 0.32's CPU worker
+    ("CPU Generator does not use offset"), and would draw other numbers in a crowd than alone."""
+    return {
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": int(spec.kv_cache_gib * _GIB),
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(2048, spec.max_model_len),
+    }
+
+
+def _load(spec: EngineSpec) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from actors.weight_receiver import EXTENSION, transfer_config
+
+    arguments = {"worker_extension_cls": EXTENSION, "weight_transfer_config": transfer_config(spec.transport)} | engine_arguments(spec)
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+
+
+def _agreed(digests: Sequence[str]) -> str:
+    """The digest that all workers of the engine read, or a list of them when they differ."""
+    return digests[0] if len(set(digests)) == 1 else ",".join(digests)
+
+
+def _first_line(problem: BaseException) -> str:
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]

@@ -1,0 +1,212 @@
+"""The worker's half of weight publication: runs inside vLLM's own worker process and takes a version into the live model.
+
+vLLM imports this file there (``worker_extension_cls``), which registers our transport "shm" beside vLLM's own "nccl" and "ipc".
+``vllm_engine`` drives it: read -> pause -> start, update, finish -> resume. Also holds the requests of all three transports, so that
+learner and engine agree on them, and ends the engine's processes when the process that owns them is gone. Proving is not done here.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from sgpo_dist.weights.checksum import checksum_safetensors
+
+SHM = "shm"
+EXTENSION = "actors.weight_receiver.ReceiverExtension"
+OWNER_VARIABLE = "SGPO_ENGINE_OWNER_PID"
+_OWNER_POLL_S = 5.0
+
+
+# ---- what is asked of each transport ---------------------------------------------------------------------------------------------
+
+
+def transfer_config(transport: str) -> WeightTransferConfig:
+    """vLLM's configuration for one of our transports: "shm" (ours), "nccl" or "ipc" (vLLM's own). Raises ValueError for another."""
+    if transport not in (SHM, "nccl", "ipc"):
+        raise ValueError(f"weights.transport '{transport}' is none of shm, nccl, ipc")
+    return WeightTransferConfig(backend=transport)
+
+
+def shm_init_info(repack_tied_head: bool = True) -> dict[str, Any]:
+    """Hand-shake of "shm". ``repack_tied_head=False`` exists for the test that shows what goes wrong without it."""
+    return {"repack_tied_head": repack_tied_head}
+
+
+def shm_update_info(uri: str) -> dict[str, Any]:
+    """One version of "shm": a safetensors file that both processes can open, Hugging Face names."""
+    return {"uri": uri}
+
+
+def nccl_init_info(master_address: str, master_port: int, rank_offset: int, world_size: int, packed: bool = True) -> dict[str, Any]:
+    """Hand-shake of "nccl": the learner's sender is rank 0, this engine's workers start at ``rank_offset``, ``world_size`` counts all."""
+    if not 1 <= rank_offset < world_size:
+        raise ValueError(f"nccl rank_offset {rank_offset} must lie in 1..{world_size - 1}: rank 0 is the learner's sender")
+    return {
+        "master_address": master_address,
+        "master_port": master_port,
+        "rank_offset": rank_offset,
+        "world_size": world_size,
+        "packed": packed,
+    }
+
+
+def nccl_update_info(tensors: Sequence[tuple[str, str, Sequence[int]]]) -> dict[str, Any]:
+    """One version of "nccl": (name, torch dtype name such as "bfloat16", full shape) in the order in which they will be broadcast."""
+    return {
+        "names": [name for name, _, _ in tensors],
+        "dtype_names": [dtype for _, dtype, _ in tensors],
+        "shapes": [list(shape) for _, _, shape in tensors],
+    }
+
+
+def ipc_init_info(packed: bool = False) -> dict[str, Any]:
+    """Hand-shake of "ipc": nothing to meet over, only whether one packed buffer travels instead of one handle a tensor."""
+    return {"packed": packed}
+
+
+def ipc_update_info(tensors: Sequence[tuple[str, str, Sequence[int]]], handles: Sequence[Mapping[str, tuple[Any, ...]]]) -> dict[str, Any]:
+    """One version of "ipc": as for "nccl", and a handle a tensor (GPU uuid -> arguments that rebuild it). Never pickled."""
+    if len(handles) != len(tensors):
+        raise ValueError(f"ipc needs one handle a tensor: {len(handles)} handles for {len(tensors)} tensors")
+    return {**nccl_update_info(tensors), "ipc_handles": [dict(handle) for handle in handles]}
+
+
+# ---- our transport ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ShmInitInfo(WeightTransferInitInfo):
+    """vLLM builds this from ``shm_init_info``."""
+
+    repack_tied_head: bool = True
+
+
+@dataclass
+class ShmUpdateInfo(WeightTransferUpdateInfo):
+    """vLLM builds this from ``shm_update_info``."""
+
+    uri: str
+
+
+class ShmReceiver(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
+    """Takes a version from a safetensors file in shared memory, layer by layer, whatever vLLM made of the old weights."""
+
+    init_info_cls = ShmInitInfo
+    update_info_cls = ShmUpdateInfo
+    supports_draft_weight_update = False
+    repack_tied_head = True
+
+    def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
+        """Nothing to meet over; remembers the switches."""
+        self.repack_tied_head = init_info.repack_tied_head
+
+    def start_weight_update(self) -> None:
+        """Prepare every layer to take its weights anew."""
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: ShmUpdateInfo) -> None:
+        """Load the file. The tensors are views of a mapping that lives as long as they do: a layer may keep them until it is complete."""
+        self.model.load_weights(named_tensors(update_info.uri))  # type: ignore[operator]
+
+    def finish_weight_update(self) -> None:
+        """Finish every layer; then pack a tied head again, which got no weights of its own and would keep the old ones packed."""
+        finalize_layerwise_reload(self.model, self.model_config)
+        if self.repack_tied_head:
+            for head in packed_tied_heads(self.model):
+                head.quant_method.process_weights_after_loading(head)
+
+    def shutdown(self) -> None:
+        """Holds nothing between versions."""
+
+
+def named_tensors(path: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of a safetensors file in name order, which keeps the tensors of a layer together."""
+    with safe_open(path, framework="pt", device="cpu") as file:
+        for name in sorted(file.keys()):
+            yield name, file.get_tensor(name)
+
+
+def packed_tied_heads(model: torch.nn.Module) -> list[ParallelLMHead]:
+    """Heads that share the embedding's tensor but compute with a copy packed for the CPU (performance notes A2b). None on a GPU."""
+    heads = [module for module in model.modules() if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear")]
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return [head for head in heads if owners[id(head.weight)] > 1]
+
+
+# ---- what the engine may ask of its worker by name -------------------------------------------------------------------------------
+
+
+class ReceiverExtension:
+    """Mixed into vLLM's worker class: each method can be called through ``collective_rpc`` by its name, with plain values only."""
+
+    _sgpo_reading: Future[str]
+
+    def sgpo_start_digest(self, uri: str) -> None:
+        """Begin to read and digest the file in a thread of this worker, while the model still generates."""
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weight-digest")
+        self._sgpo_reading = pool.submit(checksum_safetensors, uri)
+        pool.shutdown(wait=False)
+
+    def sgpo_digest(self, timeout_s: float) -> str:
+        """The digest of what ``sgpo_start_digest`` read; waits at most ``timeout_s``."""
+        return self._sgpo_reading.result(timeout_s)
+
+    def sgpo_pids(self) -> list[int]:
+        """This worker's process and its parent (the engine core, where that is another process), for logs and tests."""
+        return [os.getpid(), os.getppid()]
+
+
+# ---- no orphans --------------------------------------------------------------------------------------------------------------------
+
+
+def follow_owner(owner_pid: int) -> None:
+    """Start a thread that kills this process, and the engine core that is its parent, once the process ``owner_pid`` is gone.
+
+    vLLM's workers follow their engine core, but the core does not follow the process that started it: killed with SIGKILL, that
+    would leave a core and its memory behind.
+    """
+    parent = os.getppid()
+    victims = [os.getpid()] if parent in (owner_pid, 1) else [parent, os.getpid()]
+    threading.Thread(target=_await_death, args=(owner_pid, victims), daemon=True, name="follow-owner").start()
+
+
+def _await_death(owner_pid: int, victims: Sequence[int]) -> None:
+    try:
+        handle = os.pidfd_open(owner_pid)
+    except ProcessLookupError:
+        pass
+    else:
+        while not select.select([handle], [], [], _OWNER_POLL_S)[0]:
+            continue
+    for pid in victims:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _enter_worker() -> None:
+    """Done once, on import: vLLM resolves its extension class by import and offers no later moment in a worker's start."""
+    if SHM not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(SHM, ShmReceiver)
+    owner = int(os.environ.get(OWNER_VARIABLE, "0"))
+    if owner and owner != os.getpid():
+        follow_owner(owner)
+
+
+_enter_worker()

@@ -1,0 +1,1 @@
+"""What differentiates: losses, batches, the DeepSpeed engine, the weight sender. Never imports actors."""

@@ -1,0 +1,207 @@
+"""From pairs and examples to tensors: rows that compute a shared prefix once, and micro-batches under a token budget.
+
+Called by the learner on each rank. A row of a pair is ``shared | chosen rest | rejected rest``: the shared part is the prompt plus
+the leading tokens both completions have in common, so neither is computed twice, and a mask keeps the two branches from seeing each
+other. A row of an NLL example is one unbranched sequence. Rows of like length are padded into one micro-batch: on two cores that
+was 2.6 times as fast as packing all rows into one sequence with a block-diagonal mask, whose attention grows with the square of the
+whole micro-batch. Leaves out: models, losses and what a batch means.
+
+Shapes: ``_B`` = rows, ``_L`` = positions of the longest row, ``_N`` = scored tokens, ``_S`` = segments of a row
+(shared, then one a branch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from sgpo_dist.errors import DataError
+from sgpo_dist.records import PreferencePair, TokenExample
+from sgpo_dist.weights.version import ProbeRow
+
+SHARED = 0
+PADDING = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row. Tokens of ``shared`` from ``prompt_length`` on and all tokens of the branches are scored."""
+
+    prompt_length: int
+    shared: tuple[int, ...]
+    branches: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def length(self) -> int:
+        """Tokens the model computes for this row."""
+        return len(self.shared) + sum(len(branch) for branch in self.branches)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Tensors of one forward pass.
+
+    ``mask_B1LL`` is True where a query (third axis) may see a key; None when plain causal attention will do. Scored token n is
+    ``target_N[n]``, predicted at flat position ``index_N[n]`` of the hidden states, and belongs to ``segment_N[n]``
+    = row * num_segments + segment.
+    """
+
+    input_ids_B_L: Tensor
+    positions_B_L: Tensor
+    mask_B1LL: Tensor | None
+    index_N: Tensor
+    target_N: Tensor
+    segment_N: Tensor
+    num_rows: int
+    num_segments: int
+    num_tokens: int
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same on ``device``."""
+        tensors = (self.input_ids_B_L, self.positions_B_L, self.mask_B1LL, self.index_N, self.target_N, self.segment_N)
+        moved = [tensor if tensor is None else tensor.to(device) for tensor in tensors]
+        return MicroBatch(*moved, self.num_rows, self.num_segments, self.num_tokens)  # type: ignore[arg-type]
+
+
+def pair_row(pair: PreferencePair) -> Row:
+    """The row of a pair. Raises DataError when the prompt or a completion has no tokens."""
+    chosen, rejected = pair.chosen.token_ids, pair.rejected.token_ids
+    _check(pair.uid, pair.prompt_ids, chosen, rejected)
+    common = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
+    return Row(len(pair.prompt_ids), pair.prompt_ids + chosen[:common], (chosen[common:], rejected[common:]))
+
+
+def example_row(example: TokenExample) -> Row:
+    """The row of an NLL example. Raises DataError when the prompt or the completion has no tokens."""
+    _check(example.uid, example.prompt_ids, example.completion_ids)
+    return Row(len(example.prompt_ids), example.prompt_ids + example.completion_ids)
+
+
+def probe_row(probe: ProbeRow) -> Row:
+    """The row of a probe. Raises DataError when the prompt or the completion has no tokens."""
+    _check("probe", probe.prompt_ids, probe.completion_ids)
+    return Row(len(probe.prompt_ids), probe.prompt_ids + probe.completion_ids)
+
+
+def empty_row(num_branches: int) -> Row:
+    """The cheapest row of a shape: for a rank that has no rows left but must take part in the collectives."""
+    return Row(1, (0, 0), ((),) * num_branches)
+
+
+def collate_pairs(pairs: Sequence[PreferencePair]) -> MicroBatch:
+    """Three segments a row: shared, chosen rest, rejected rest."""
+    return collate([pair_row(pair) for pair in pairs])
+
+
+def collate_examples(examples: Sequence[TokenExample]) -> MicroBatch:
+    """One segment a row: the completion."""
+    return collate([example_row(example) for example in examples])
+
+
+def collate(rows: Sequence[Row]) -> MicroBatch:
+    """One micro-batch of rows with equally many branches, padded on the right with token 0, which nothing sees."""
+    width = max(row.length for row in rows)
+    num_segments = 1 + len(rows[0].branches)
+    ids, positions, branches = [], [], []
+    index, target, segment = [], [], []
+    for number, row in enumerate(rows):
+        tokens, places, owners = _lay_out(row)
+        padding = width - row.length
+        ids.append(tokens + [0] * padding)
+        positions.append(places + [0] * padding)
+        branches.append(owners + [PADDING] * padding)
+        for place, token, part in _scored(row):
+            index.append(number * width + place)
+            target.append(token)
+            segment.append(number * num_segments + part)
+    return MicroBatch(
+        input_ids_B_L=torch.tensor(ids),
+        positions_B_L=torch.tensor(positions),
+        mask_B1LL=_visible(torch.tensor(branches)) if num_segments > 1 else None,
+        index_N=torch.tensor(index),
+        target_N=torch.tensor(target),
+        segment_N=torch.tensor(segment),
+        num_rows=len(rows),
+        num_segments=num_segments,
+        num_tokens=sum(row.length for row in rows),
+    )
+
+
+def segment_sums(logps_N: Tensor, batch: MicroBatch) -> Tensor:
+    """Summed log-probs of every segment, ``[B, S]``."""
+    sums = torch.zeros(batch.num_rows * batch.num_segments, dtype=logps_N.dtype, device=logps_N.device)
+    return sums.index_add(0, batch.segment_N, logps_N).view(batch.num_rows, batch.num_segments)
+
+
+def pair_logps(logps_N: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """Summed log-probs ``(chosen_P, rejected_P)`` of whole completions; the common leading tokens count for both."""
+    sums_B_S = segment_sums(logps_N, batch)
+    shared_P = sums_B_S[:, SHARED]
+    return shared_P + sums_B_S[:, 1], shared_P + sums_B_S[:, 2]
+
+
+def plan_micro_batches(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
+    """Row numbers by ``[rank][micro-batch]``, a pure function of its arguments, so every rank makes the same plan.
+
+    Longest rows first go to the rank with the fewest tokens; each rank then fills micro-batches of like lengths whose padded size
+    stays within ``max_tokens`` (a single longer row gets one of its own). Every rank has equally many micro-batches, because each is
+    a collective; the last ones may be empty.
+    """
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    loads = [0] * num_ranks
+    for number in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
+        rank = loads.index(min(loads))
+        shares[rank].append(number)
+        loads[rank] += lengths[number]
+    plans = [_fill(share, lengths, max_tokens) for share in shares]
+    most = max(len(plan) for plan in plans)
+    return [plan + [[] for _ in range(most - len(plan))] for plan in plans]
+
+
+def _fill(share: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Split rows that are sorted by falling length; the first of a micro-batch sets its width."""
+    filled: list[list[int]] = []
+    for number in share:
+        if not filled or lengths[filled[-1][0]] * (len(filled[-1]) + 1) > max_tokens:
+            filled.append([])
+        filled[-1].append(number)
+    return filled
+
+
+def _lay_out(row: Row) -> tuple[list[int], list[int], list[int]]:
+    """Tokens, their positions (each branch goes on from the shared part) and the segment that owns each."""
+    start = len(row.shared)
+    tokens, positions, owners = list(row.shared), list(range(start)), [SHARED] * start
+    for number, branch in enumerate(row.branches, start=1):
+        tokens += branch
+        positions += range(start, start + len(branch))
+        owners += [number] * len(branch)
+    return tokens, positions, owners
+
+
+def _scored(row: Row) -> list[tuple[int, int, int]]:
+    """(place that predicts, token predicted, segment) of every scored token; the shared part's last place predicts each branch's first."""
+    scored = [(place - 1, row.shared[place], SHARED) for place in range(row.prompt_length, len(row.shared))]
+    start = len(row.shared)
+    for number, branch in enumerate(row.branches, start=1):
+        scored += [(start + offset - 1 if offset else len(row.shared) - 1, token, number) for offset, token in enumerate(branch)]
+        start += len(branch)
+    return scored
+
+
+def _visible(owners_B_L: Tensor) -> Tensor:
+    """``[B, 1, L, L]``: earlier places of the shared part and of one's own branch. Padding sees the shared part, so no query is blind."""
+    width = owners_B_L.shape[1]
+    causal_L_L = torch.ones(width, width, dtype=torch.bool).tril()
+    same_B_L_L = owners_B_L[:, :, None] == owners_B_L[:, None, :]
+    shared_B_1_L = (owners_B_L == SHARED)[:, None, :]
+    return (causal_L_L & (same_B_L_L | shared_B_1_L))[:, None]
+
+
+def _check(uid: str, *parts: tuple[int, ...]) -> None:
+    if not all(parts):
+        raise DataError(f"row '{uid}' has an empty prompt or completion; there is nothing to train on")

@@ -1,0 +1,150 @@
+"""How much memory and disk a configuration takes, and which devices: formulas on a configuration and a model's facts.
+
+Called by ``plan``. Estimates, good to about a quarter: weights, fp32 master, Adam's two moments, gradients, activations, KV cache, and
+what the processes take before any of it. Left out: whether the machine has that much.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+from sgpo_dist.cli.model_facts import ModelFacts
+from sgpo_dist.config import Config
+
+GIB: Final = 2**30
+RANK_BASE: Final = 1.1 * GIB
+"""Python, torch, DeepSpeed and Ray in one rank's process."""
+ENGINE_BASE: Final = 2.0 * GIB
+"""The engine's actor and its child process before any weights."""
+DRIVER_BASE: Final = 1.2 * GIB
+"""Driver, buffer actor and Ray's own processes."""
+DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A part's estimated bytes, and on which kind of memory it lies."""
+
+    part: str
+    num_bytes: float
+    on_gpu: bool
+    why: str
+
+
+# ---- devices -------------------------------------------------------------------------------------------------------------------
+
+
+def on_gpu(config: Config) -> bool:
+    """Whether this is a GPU recipe: learner and engines then both take devices."""
+    return config.learner.gpus_per_rank > 0
+
+
+def gpus_needed(config: Config) -> int:
+    """Devices the run asks for. Ranks with a fraction of a device share theirs with engines, which take the rest of it."""
+    per_rank = config.learner.gpus_per_rank
+    engines = config.rollout.num_rollout_workers * config.rollout.tensor_parallel_size
+    if not per_rank:
+        return 0
+    learner = config.learner.num_ranks * per_rank
+    return max(math.ceil(learner), engines) if per_rank < 1 else math.ceil(learner) + engines
+
+
+def transport(config: Config) -> str:
+    """The weight transport that ``weights.transport`` comes down to."""
+    if config.weights.transport != "auto":
+        return config.weights.transport
+    if not on_gpu(config):
+        return "shm"
+    return "ipc" if config.learner.gpus_per_rank < 1 else "nccl"
+
+
+def engine_dtype(config: Config) -> str:
+    """The type of the engine's weights."""
+    if config.rollout.dtype != "auto":
+        return config.rollout.dtype
+    return config.model.dtype if on_gpu(config) else "float32"
+
+
+# ---- memory and disk -----------------------------------------------------------------------------------------------------------
+
+
+def trainable_parameters(config: Config, model: ModelFacts) -> int:
+    """All of them, or those of the adapters."""
+    return model.lora_parameters(config.model.lora.r) if config.model.lora.enabled else model.parameters
+
+
+def rank_bytes(config: Config, model: ModelFacts) -> float:
+    """Bytes of one learner rank.
+
+    Weights b*N (ZeRO-3: / ranks); fp32 master 4*T and Adam 8*T (ZeRO >= 1: / ranks), gradients b*T (ZeRO >= 2: / ranks) and their fp32
+    share 4*T / ranks; frozen reference b*N unless LoRA; activations 34 * tokens * hidden * layers * b / 2 (Korthikanti et al. 2022,
+    arXiv 2205.05198, without attention matrices; checkpointing: 2 * tokens * hidden * layers * b / 2) and three fp32 copies of the logits.
+    """
+    learner, width, ranks = config.learner, DTYPE_BYTES[config.model.dtype], config.learner.num_ranks
+    trained = trainable_parameters(config, model)
+    split = {stage: ranks if learner.zero_stage >= stage else 1 for stage in (1, 2, 3)}
+    weights = width * model.parameters / split[3]
+    states = (12 if width == 2 or learner.zero_stage else 8) * trained / split[1]
+    gradients = width * trained / split[2] + (4 * trained / split[2] if width == 2 else 0)
+    reference = 0 if config.model.lora.enabled or "preference" not in config.stages else width * model.parameters / split[3]
+    tokens = learner.max_tokens_per_micro_batch
+    activations = (2 if learner.gradient_checkpointing else 34) * tokens * model.hidden * model.layers * width / 2
+    logits = 3 * 4 * tokens * model.vocabulary
+    return weights + states + gradients + reference + activations + logits + RANK_BASE
+
+
+def engine_bytes(config: Config, model: ModelFacts) -> float:
+    """Bytes of one engine: weights / tensor-parallel size; on a CPU also their copy while they are repacked, and the KV cache."""
+    weights = DTYPE_BYTES[engine_dtype(config)] * model.parameters / config.rollout.tensor_parallel_size
+    return weights if on_gpu(config) else 2 * weights + config.rollout.kv_cache_gib * GIB + ENGINE_BASE
+
+
+def memory_parts(config: Config, model: ModelFacts) -> list[Memory]:
+    """The estimated parts of a run's memory."""
+    gpu, ranks, workers = on_gpu(config), config.learner.num_ranks, config.rollout.num_rollout_workers
+    rank, engine, store = rank_bytes(config, model), engine_bytes(config, model), config.cluster.object_store_gib * GIB
+    parts = [
+        Memory(
+            f"learner, {plural(ranks, 'rank')}",
+            rank * ranks,
+            gpu,
+            f"{gib(rank)} each: weights, optimiser, gradients, reference, activations",
+        ),
+        Memory(f"rollout, {plural(workers, 'engine')}", engine * workers, gpu, f"{gib(engine)} each: weights and KV cache"),
+        Memory("driver, buffer, Ray", DRIVER_BASE + store, False, f"object store {config.cluster.object_store_gib:g} GiB"),
+    ]
+    if gpu:
+        parts.append(Memory("host side of GPU processes", RANK_BASE * ranks + ENGINE_BASE * workers, False, "Python, torch, CUDA"))
+    else:
+        parts.append(Memory("weights on their way", shared_bytes(config, model), False, "two versions in shared memory"))
+    return parts
+
+
+def shared_bytes(config: Config, model: ModelFacts) -> float:
+    """Shared memory that the transport uses: the version being published and the one before."""
+    return 2.0 * DTYPE_BYTES[config.model.dtype] * model.parameters if transport(config) == "shm" else 0.0
+
+
+def disk_bytes(config: Config, model: ModelFacts) -> float:
+    """Checkpoints (weights, fp32 master, Adam; one more while it is written) and the model each stage leaves."""
+    width, trained = DTYPE_BYTES[config.model.dtype], trainable_parameters(config, model)
+    checkpoint = width * model.parameters + 12 * trained
+    return (checkpoints_kept(config) + 1) * checkpoint + (len(config.stages) + 1) * width * model.parameters
+
+
+def checkpoints_kept(config: Config) -> int:
+    """How many checkpoints lie on the disk at the end."""
+    kept = config.checkpoint.keep_last
+    return kept + (config.preference.total_steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0)
+
+
+def gib(num_bytes: float) -> str:
+    """Bytes as people read them."""
+    return f"{num_bytes / GIB:.1f} GiB"
+
+
+def plural(count: int, noun: str) -> str:
+    """1 rank, 2 ranks."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,0 +1,397 @@
+"""The configuration: one frozen pydantic tree, and how it is read.
+
+Called by the command line and by ``sgpo_dist.train``. Order of precedence: defaults < YAML file < ``SGPO__section__key`` environment
+variables < dotted overrides. An unknown key is refused with the nearest valid name; nothing is ever repaired silently.
+What can be derived is a property here, not a key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sgpo_dist.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "SGPO__"
+RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+StageName = Literal["sft", "improver", "preference"]
+ReviserName = Literal["self", "blend", "tidy", "repair"]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (peft). With adapters the frozen reference is the model with adapters off."""
+
+    enabled: bool = Field(False, description="Train adapters instead of all weights.")
+    r: Positive = Field(16, description="Rank of the adapters.")
+    alpha: Positive = Field(32, description="Scaling numerator; the adapter's output is multiplied by alpha / r.")
+    dropout: Share = Field(0.0, description="Dropout on the adapter's input.")
+    target_modules: str | list[str] = Field("all-linear", description="Module names to adapt, as peft names them.")
+
+
+class ModelConfig(Section):
+    """The one model that plays both roles."""
+
+    model_name_or_path: str = Field("embedded", description="A Hugging Face directory or hub name; 'embedded' is SmolLM2-135M-Instruct from a package.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Type of the weights the learner computes in; bfloat16 keeps fp32 master weights.")
+    trust_remote_code: bool = Field(False, description="Run code shipped with the model; needs a pinned revision.")
+    revision: str | None = Field(None, description="Commit hash of the hub model.")
+    lora: LoraConfig = Field(default_factory=LoraConfig, description="Low-rank adapters.")
+
+    @model_validator(mode="after")
+    def _pin_remote_code(self) -> ModelConfig:
+        if self.trust_remote_code and not self.revision:
+            raise ValueError("model.trust_remote_code needs model.revision set to a commit hash")
+        return self
+
+
+class DataConfig(Section):
+    """Where prompts and references come from: built-in names (orders, chat), JSONL or Parquet files, or datasets directories."""
+
+    path: str | list[str] = Field("orders", description="Prompts; rows that have a reference feed the sft and improver stages. Comma list allowed.")
+    heldout_path: str | list[str] | None = Field(None, description="Held-out rows with references; built-in sets bring their own.")
+    prompts_path: str | list[str] | None = Field(None, description="Prompts of the preference stage; default: rows of path without a role in earlier stages.")
+    input_key: str | None = Field(None, description="Column of the prompt when it is neither 'prompt' nor 'messages'.")
+    reference_key: str | None = Field(None, description="Column of the reference when it is neither 'reference' nor 'chosen'.")
+    max_prompt_tokens: Positive = Field(512, description="Longer prompts are refused at start, naming file and line.")
+    max_prompts: Positive | None = Field(None, description="Use at most this many preference prompts.")
+    max_references: Positive | None = Field(None, description="Use at most this many rows with references of each source.")
+    max_heldout: Positive | None = Field(None, description="Use at most this many held-out rows of each source.")
+
+
+class SftConfig(Section):
+    """Stage 0: plain NLL on the references."""
+
+    epochs: Positive = Field(1, description="Passes over the rows with references.")
+    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate.")
+    train_batch_size: Positive = Field(8, description="Rows per optimiser step.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="After the warm-up.")
+    warmup_ratio: Share = Field(0.1, description="Share of the steps that warm up.")
+
+
+class FilterConfig(Section):
+    """Which revisions may teach the improver. Each drop is counted."""
+
+    min_edit_ratio: Share = Field(0.02, description="Floor: a revision that changes less is a no-op.")
+    max_length_ratio: float = Field(2.5, gt=1, description="Longest revision allowed, as a multiple of the draft's tokens.")
+    fence: float | None = Field(1.5, gt=0, description="Tukey fences Q1 - k*IQR .. Q3 + k*IQR over the statistic; null = off.")
+    fence_statistic: Literal["edit_ratio", "length_ratio"] = Field("edit_ratio", description="What the fences act on.")
+
+
+class ImproverConfig(Section):
+    """Stage 1: build revisions, filter them, teach the improver role."""
+
+    reviser: ReviserName | dict[str, ReviserName] = Field("tidy", description="Who revises drafts; or one name per data source, with 'default'.")
+    repair: str = Field("", description="'module:function' of (draft, reference, prompt) -> revised text or None, for reviser 'repair'.")
+    max_rows: Positive | None = Field(None, description="Draft at most this many prompts.")
+    epochs: Positive = Field(1, description="Passes over the revisions.")
+    learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate.")
+    train_batch_size: Positive = Field(8, description="Rows per optimiser step.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="After the warm-up.")
+    warmup_ratio: Share = Field(0.1, description="Share of the steps that warm up.")
+    replay: Literal["self", "reference", "none"] = Field("reference", description="Policy rows mixed 1:1: its own drafts, the references, or none.")
+    blend_budget: Share = Field(0.5, description="Reviser 'blend': share of the draft's sentences that may be replaced.")
+    filter: FilterConfig = Field(default_factory=FilterConfig, description="Sanity filters of the revisions.")
+    gate: Literal["stop", "warn", "off"] = Field("warn", description="What to do when rewrites do not beat drafts on held-out prompts.")
+
+
+class PairGateConfig(Section):
+    """Which (response, refinement) pairs may train. Each refusal is counted by reason."""
+
+    near_copy_ratio: Share = Field(0.0, description="Refuse when 1 - similarity is at or below this (0 = only identical texts).")
+    max_length_ratio: float = Field(2.5, gt=1, description="Refuse a refinement longer than this multiple of the response.")
+    require_eos: bool = Field(True, description="The chosen text must end by itself.")
+    allow_truncated_rejected: bool = Field(True, description="A response cut at the token limit may be the rejected half.")
+    max_reference_overlap: Share = Field(0.9, description="Refuse a refinement whose words are the reference's to this share, when the response's are not.")
+
+
+class PreferenceConfig(Section):
+    """Stage 2: online DPO on self-made pairs."""
+
+    loss_type: Literal["sigmoid"] = Field("sigmoid", description="Preference loss.")
+    beta: float = Field(0.1, gt=0, description="Strength of the pull to the reference model.")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of wrongly ordered pairs (conservative DPO).")
+    nll_coef: float = Field(0.0, ge=0, description="Weight of the chosen text's NLL per token beside the preference loss.")
+    learning_rate: float = Field(5e-7, gt=0, description="Peak learning rate; small models and close pairs want 1e-5 to 5e-5.")
+    schedule: Literal["linear", "cosine", "constant"] = Field("constant", description="After the warm-up.")
+    warmup_ratio: Share = Field(0.1, description="Share of the steps that warm up.")
+    total_steps: Positive = Field(100, description="Optimiser steps.")
+    max_staleness: int = Field(1, ge=0, description="Weight versions a pair may be behind when trained on; 0 = synchronous.")
+    samples_per_prompt: Positive = Field(1, description="Pairs tried per prompt.")
+    epochs: Positive = Field(1, description="Passes over the prompts, with fresh draws.")
+    pair_gate: PairGateConfig = Field(default_factory=PairGateConfig, description="Which pairs may train.")
+
+
+class SamplingConfig(Section):
+    """How one role samples."""
+
+    temperature: float = Field(0.8, ge=0, description="0 is greedy.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus.")
+    top_k: int = Field(0, ge=0, description="0 = off.")
+    max_new_tokens: Positive = Field(256, description="Cap, end token included.")
+
+
+class RolloutConfig(Section):
+    """The rollout workers: vLLM engines that answer and refine."""
+
+    num_rollout_workers: Positive = Field(1, description="How many engines.")
+    tensor_parallel_size: Positive = Field(1, description="GPUs of one engine.")
+    concurrency: Positive = Field(64, description="Prompts in flight on one worker.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Type of the engine's weights; auto: float32 on CPU, model.dtype on GPU.")
+    max_model_len: Positive = Field(1024, description="Context of the engine in tokens.")
+    gpu_memory_utilization: Share = Field(0.85, description="vLLM's share of a GPU's memory.")
+    kv_cache_gib: float = Field(1.0, gt=0, description="CPU engines: memory for the KV cache.")
+    policy: SamplingConfig = Field(default_factory=SamplingConfig, description="Sampling of responses.")
+    improver: SamplingConfig = Field(default_factory=lambda: SamplingConfig(temperature=0.7), description="Sampling of refinements.")
+    template: str = Field("v1", description="Version of the improver's prompt template.")
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to vLLM unchanged.")
+    lease_s: float = Field(300.0, gt=0, description="A prompt not answered in this time goes to another worker.")
+    start_timeout_s: float = Field(600.0, gt=0, description="An engine that is not up by then is replaced.")
+    heartbeat_timeout_s: float = Field(60.0, gt=0, description="A worker silent for this long is replaced.")
+    max_restarts: int = Field(10, ge=0, description="Crashes of workers without a pair between them before the run ends.")
+
+
+class LearnerConfig(Section):
+    """The DeepSpeed learner."""
+
+    train_batch_size: Positive = Field(8, description="Pairs per optimiser step of the preference stage.")
+    max_tokens_per_micro_batch: Positive = Field(2048, description="Token budget of one forward and backward pass on a rank.")
+    num_ranks: Positive = Field(1, description="Data-parallel ranks, one process each.")
+    gpus_per_rank: float = Field(0.0, ge=0, description="GPUs of one rank; 0 = CPU.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed ZeRO stage.")
+    optimizer: Literal["adamw", "cpu_adam"] = Field("adamw", description="Fused torch AdamW, or DeepSpeed's CPU Adam for offload.")
+    gradient_checkpointing: bool = Field(False, description="Trade compute for memory.")
+    attn_implementation: str = Field("sdpa", description="transformers' attention implementation.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
+    beta1: Share = Field(0.9, description="AdamW's first beta.")
+    beta2: Share = Field(0.99, description="AdamW's second beta.")
+    threads_per_rank: int = Field(0, ge=0, description="CPU threads of one rank; 0 = cores divided by ranks.")
+    deepspeed_config: dict[str, Any] = Field(default_factory=dict, description="Merged over the DeepSpeed configuration we build.")
+    step_timeout_s: float = Field(1800.0, gt=0, description="A step that takes longer counts as a hang.")
+
+
+class WeightsConfig(Section):
+    """How versions travel to the workers and are proved."""
+
+    transport: Literal["auto", "shm", "nccl", "ipc"] = Field("auto", description="auto: shm on CPU, ipc when learner and engine share a GPU, else nccl.")
+    weight_sync_interval: Positive = Field(1, description="Optimiser steps between published versions.")
+    num_probes: Positive = Field(4, description="Fixed probe prompts whose log-probs must agree.")
+    probe_tolerance: float | None = Field(None, gt=0, description="Mean |log-prob gap| allowed in nats; default 2e-3 for float32, 6e-2 for bfloat16.")
+    timeout_s: float = Field(300.0, gt=0, description="A worker that has not proved a version by then is rebuilt.")
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are made and how many are kept."""
+
+    save_steps: Positive = Field(25, description="Optimiser steps between checkpoints (stage ends always save).")
+    keep_last: Positive = Field(2, description="Newest checkpoints kept.")
+    keep_every: int = Field(0, ge=0, description="Also keep every checkpoint whose step is a multiple; 0 = none.")
+
+
+class LoggingConfig(Section):
+    """What is recorded and shown."""
+
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=lambda: ["tensorboard"], description="Trackers beside metrics.jsonl.")
+    progress: Literal["auto", "rich", "plain", "off"] = Field("auto", description="Live display; auto: rich on a terminal, plain lines otherwise.")
+    level: Literal["DEBUG", "INFO", "WARNING"] = Field("INFO", description="Level of the log files.")
+
+
+class EvalConfig(Section):
+    """Held-out figures of every stage's model, side by side."""
+
+    enabled: bool = Field(True, description="Evaluate the initial model and each stage's result.")
+    max_new_tokens: Positive = Field(96, description="Cap of held-out answers.")
+
+
+class ClusterConfig(Section):
+    """Where Ray runs."""
+
+    address: str | None = Field(None, description="Ray address; default: the job's cluster, else a local one.")
+    num_cpus: Positive | None = Field(None, description="Cores of a local Ray; default: all.")
+    object_store_gib: float = Field(1.0, gt=0, description="Object store of a local Ray.")
+    min_free_disk_gib: float = Field(3.0, gt=0, description="Refuse to start or save with less.")
+
+
+class Config(Section):
+    """A whole run."""
+
+    run_name: str = Field("run", description="Name of the run; its directory is output_dir/run_name.")
+    output_dir: str = Field("runs", description="Parent of run directories.")
+    stages: list[StageName] = Field(default_factory=lambda: ["sft", "improver", "preference"], description="Stages in order; each can run alone.")
+    seed: int = Field(0, ge=0, description="One seed for everything that draws.")
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    sft: SftConfig = Field(default_factory=SftConfig)
+    improver: ImproverConfig = Field(default_factory=ImproverConfig)
+    preference: PreferenceConfig = Field(default_factory=PreferenceConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    learner: LearnerConfig = Field(default_factory=LearnerConfig)
+    weights: WeightsConfig = Field(default_factory=WeightsConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = Field(default_factory=LoggingConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+
+    @field_validator("run_name")
+    @classmethod
+    def _safe_name(cls, value: str) -> str:
+        if not RUN_NAME.match(value):
+            raise ValueError("run_name must be 1-64 of letters, digits, '.', '_', '-' and start with a letter or digit")
+        return value
+
+    @field_validator("stages")
+    @classmethod
+    def _ordered_stages(cls, value: list[StageName]) -> list[StageName]:
+        order: list[StageName] = ["sft", "improver", "preference"]
+        if not value or value != [name for name in order if name in value]:
+            raise ValueError("stages must be a non-empty part of [sft, improver, preference], in that order and without repeats")
+        return value
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        for problem in _impossibilities(self):
+            raise ValueError(problem)
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        """Where everything of this run lies."""
+        return Path(self.output_dir) / self.run_name
+
+    @property
+    def capacity(self) -> int:
+        """Pairs in generation or waiting, at most: (max_staleness + 1) * train_batch_size * weight_sync_interval."""
+        return (self.preference.max_staleness + 1) * self.learner.train_batch_size * self.weights.weight_sync_interval
+
+
+def _impossibilities(config: Config) -> list[str]:
+    """Settings that contradict each other, each as one line that says what to change."""
+    found = []
+    if config.learner.train_batch_size % config.learner.num_ranks:
+        found.append(
+            f"learner.train_batch_size ({config.learner.train_batch_size}) must be a multiple of learner.num_ranks ({config.learner.num_ranks})"
+        )
+    longest = config.data.max_prompt_tokens + config.rollout.policy.max_new_tokens
+    if longest > config.rollout.max_model_len:
+        found.append(
+            f"data.max_prompt_tokens + rollout.policy.max_new_tokens ({longest}) exceed rollout.max_model_len ({config.rollout.max_model_len})"
+        )
+    revisers = config.improver.reviser.values() if isinstance(config.improver.reviser, dict) else [config.improver.reviser]
+    if "repair" in revisers and ":" not in config.improver.repair:
+        found.append("improver.reviser 'repair' needs improver.repair set to 'module:function'")
+    if config.weights.transport == "ipc" and config.learner.gpus_per_rank == 0:
+        found.append("weights.transport 'ipc' needs learner.gpus_per_rank above 0")
+    return found
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Config:
+    """Read a YAML file, the environment and ``a.b=value`` overrides into one Config. Raises ConfigError, one line."""
+    tree = _read_yaml(path) if path is not None else {}
+    environ = os.environ if environment is None else environment
+    for key in sorted(environ):
+        if key.startswith(ENVIRONMENT_PREFIX):
+            _set(tree, key[len(ENVIRONMENT_PREFIX) :].lower().replace("__", "."), environ[key])
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"override '{override}' is not of the form section.key=value")
+        _set(tree, key.lstrip("-"), value)
+    return build_config(tree)
+
+
+def build_config(tree: Mapping[str, Any]) -> Config:
+    """A Config from plain values. Raises ConfigError with the first problem in one line."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as problem:
+        raise ConfigError(_explain(problem)) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"config file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ConfigError(f"config file {path} cannot be read: {problem}") from None
+    except yaml.YAMLError as problem:
+        where = getattr(problem, "problem_mark", None)
+        line = f" line {where.line + 1}" if where is not None else ""
+        raise ConfigError(f"config file {path}{line} is not valid YAML") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config file {path} must hold a mapping of sections")
+    return tree
+
+
+def _set(tree: dict[str, Any], dotted: str, text: str) -> None:
+    """Set one dotted key from text; the text is read as YAML, so that 1e-5, true and [a, b] have their types."""
+    *parents, leaf = dotted.split(".")
+    node = tree
+    for name in parents:
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"'{dotted}' reaches into '{name}', which is a value, not a section")
+        node = child
+    try:
+        node[leaf] = _scalar(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"value of '{dotted}' is not valid YAML: {text}") from None
+
+
+def _scalar(text: str) -> Any:
+    """YAML's reading of ``text``, and floats such as 1e-5 that YAML 1.1 takes for strings."""
+    value = yaml.safe_load(text)
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+def _explain(problem: ValidationError) -> str:
+    first = problem.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key '{path}'{_nearest(path)}"
+    message = str(first["msg"]).removeprefix("Value error, ")
+    return f"{path}: {message}" + (f" (got {first['input']!r})" if path and first["type"] != "value_error" else "") if path else message
+
+
+def _nearest(path: str) -> str:
+    known = list(leaf_names(Config))
+    match = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+    if not match:
+        leaf = path.rsplit(".", 1)[-1]
+        match = [name for name in known if name.rsplit(".", 1)[-1] == leaf][:1]
+    return f"; did you mean '{match[0]}'?" if match else "; see docs/configuration.md for the valid ones"
+
+
+def leaf_names(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of the tree, sections included."""
+    names = []
+    for name, info in model.model_fields.items():
+        names.append(prefix + name)
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            names += leaf_names(info.annotation, f"{prefix}{name}.")
+    return names

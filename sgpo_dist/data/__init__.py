@@ -1,0 +1,1 @@
+"""Where prompts, references and the two embedded models come from."""

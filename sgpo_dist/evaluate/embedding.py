@@ -1,0 +1,45 @@
+"""How alike two texts are in meaning: cosine of their MiniLM sentence embeddings, on the CPU.
+
+Called by ``evaluation`` where no exact score exists. The model comes with the installation. torch and transformers are imported only when
+a text is embedded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from sgpo_dist.data.embedded_model import embedding_model_dir
+
+if TYPE_CHECKING:
+    import torch
+
+BATCH: Final = 32
+MAX_TOKENS: Final = 256
+"""What the model was trained on; later tokens of a text are not read."""
+
+
+def similarities(texts_a: Sequence[str], texts_b: Sequence[str]) -> list[float]:
+    """Cosine in [-1, 1] of each pair of texts, in order. Raises EnvironmentProblem when the embedding model is not installed."""
+    if not texts_a:
+        return []
+    distinct = list(dict.fromkeys([*texts_a, *texts_b]))
+    rows = dict(zip(distinct, _embeddings(distinct), strict=True))
+    return [float(rows[a] @ rows[b]) for a, b in zip(texts_a, texts_b, strict=True)]
+
+
+def _embeddings(texts: Sequence[str]) -> Iterator[torch.Tensor]:
+    """One vector of length 1 a text (384 numbers): the mean over its token states."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = str(embedding_model_dir())
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    for start in range(0, len(texts), BATCH):
+        inputs = tokenizer(list(texts[start : start + BATCH]), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        with torch.inference_mode():
+            states_B_T_H = model(**inputs).last_hidden_state
+        mask_B_T_1 = inputs["attention_mask"].unsqueeze(-1).to(states_B_T_H.dtype)
+        means_B_H = (states_B_T_H * mask_B_T_1).sum(1) / mask_B_T_1.sum(1).clamp(min=1)
+        yield from torch.nn.functional.normalize(means_B_H, dim=-1)

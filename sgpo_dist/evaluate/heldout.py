@@ -1,0 +1,93 @@
+"""Held-out figures of the model that is on the workers now, in both roles, kept side by side in evaluation.json.
+
+Called by the story at each stage's end. Workers generate (greedy), the learner scores references; the figures themselves are
+``evaluation``'s business. A model already in the file is not evaluated again, so a resumed run does not repeat it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sgpo_dist.errors import RunFailed
+from sgpo_dist.evaluate.evaluation import EvalRow, evaluate
+from sgpo_dist.records import Completion, Prompt, Role, TokenExample, sampling_seed
+from sgpo_dist.recorder import Recorder
+from sgpo_dist.roles import GenerateRequest
+from sgpo_dist.run import Run, greedy
+
+FILE = "evaluation.json"
+
+
+async def evaluate_heldout(run: Run, model: str) -> list[EvalRow]:
+    """One row a source for ``model``, from the file if it is there. Empty when evaluation is off or nothing is held out."""
+    path = run.directory / FILE
+    known = [row for row in read_rows(path) if row.model == model]
+    if known or not run.config.eval.enabled or not run.corpus.heldout:
+        return known
+    prompts = run.corpus.heldout
+    responses = await _answer(run, model, Role.POLICY, [run.book.policy_ids(prompt) for prompt in prompts])
+    drafts = [run.book.improver_ids(prompt, response.text) for prompt, response in zip(prompts, responses, strict=True)]
+    refinements = await _answer(run, model, Role.IMPROVER, drafts)
+    rows = evaluate(model, prompts, responses, refinements, await _reference_logps(run, prompts))
+    write_rows(path, [*read_rows(path), *rows])
+    for row in rows:
+        run.recorder.event("evaluated", model=model, source=row.source, **row.figures)
+    return rows
+
+
+def improver_verdict(rows: Sequence[EvalRow], gate: str, recorder: Recorder) -> None:
+    """Does the improver's rewrite beat its draft on held-out prompts? Records it; raises RunFailed when ``gate`` is 'stop' and it does not."""
+    for row in rows:
+        better, worse = row.figures.get("improver_better", 0.0), row.figures.get("improver_worse", 0.0)
+        recorder.event("improver_gate", source=row.source, better=better, worse=worse, passed=better > worse)
+        if better > worse or gate == "off":
+            continue
+        line = f"on held-out '{row.source}' the improver's rewrite is better in {better:.0%} and worse in {worse:.0%}"
+        if gate == "stop":
+            raise RunFailed(f"{line}; teach it longer or with another reviser, or set improver.gate=warn to go on")
+        recorder.message(f"improver gate: {line} (improver.gate=warn: going on)")
+
+
+def read_rows(path: Path) -> list[EvalRow]:
+    """The rows of an evaluation file; none when there is no file."""
+    if not path.is_file():
+        return []
+    tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return [EvalRow(row["model"], row["source"], row["figures"], row["n"]) for row in tree["rows"]]
+
+
+def write_rows(path: Path, rows: Sequence[EvalRow]) -> None:
+    """Write all rows at once, replacing the file."""
+    tree = {"rows": [{"model": row.model, "source": row.source, "n": row.n, "figures": dict(row.figures)} for row in rows]}
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(tree, indent=1), encoding="utf-8")
+    os.replace(draft, path)
+
+
+async def _answer(run: Run, model: str, role: Role, prompts: Sequence[tuple[int, ...]]) -> list[Completion]:
+    how = greedy(run.config.eval.max_new_tokens)
+    name = f"eval-{model}-{role}-{run.incarnation}"
+    requests = [GenerateRequest(f"{name}-{i}", ids, how, sampling_seed(f"{model}/{i}", role)) for i, ids in enumerate(prompts)]
+    return await run.fleet.generate(requests)
+
+
+async def _reference_logps(run: Run, prompts: Sequence[Prompt]) -> list[float | None]:
+    """Log-likelihood per token (nats) of each reference given its prompt, None where there is none."""
+    rows = [
+        TokenExample(f"heldout/{prompt.prompt_id}", run.book.policy_ids(prompt), run.book.completion_ids(prompt.reference))
+        for prompt in prompts
+        if prompt.reference is not None
+    ]
+    sums = iter(zip(rows, await run.learner.logps(rows), strict=True))
+    values: list[float | None] = []
+    for prompt in prompts:
+        if prompt.reference is None:
+            values.append(None)
+        else:
+            row, total = next(sums)
+            values.append(total / len(row.completion_ids))
+    return values

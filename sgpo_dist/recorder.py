@@ -1,0 +1,330 @@
+"""Keeps and shows what happens in a run: metrics, events, trackers, and the one display.
+
+The story calls ``log`` once a step, ``event`` for what happens seldom, ``status`` for what changes between steps, ``message`` for a line
+that a person should read. Everything goes to files in the run's directory first (metrics.jsonl, events.jsonl), then to the trackers that
+``logging.report_to`` names, then to the display. What a metric means is in docs/metrics.md. Left out: log files of the roles.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, Protocol, TextIO
+
+from rich.console import Console
+
+from sgpo_dist.config import Config
+from sgpo_dist.display import Display, Status, open_display
+from sgpo_dist.errors import EnvironmentProblem
+from sgpo_dist.run_directory import RunDirectory
+from sgpo_dist.sanitize import one_line, redact, redact_text, secret_values
+
+WANDB_ID_NAME: Final = "wandb_id.txt"
+SHOWN_METRICS: Final = {
+    "loss": "loss",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "version": "version",
+    "staleness": "staleness",
+    "perf/pairs_per_s": "pairs_per_s",
+    "perf/tokens_per_s": "tokens_per_s",
+}
+"""Metric name -> field of the display's Status."""
+
+WAIT_METRICS: Final = {"time/wait_for_batch": "learner waits for pairs", "time/publish": "all wait for the weights"}
+"""Seconds a step spent waiting -> how to say it."""
+
+WORTH_SAYING: Final = 0.1
+
+
+class Tracker(Protocol):
+    """A place that metrics also go to."""
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float], wall: float) -> None:
+        """One step's metrics; ``wall`` is Unix time."""
+
+    def close(self) -> None:
+        """Everything is written out when this returns."""
+
+
+class Recorder:
+    """Takes what happens in a run; one per driver. Not safe for several threads at once."""
+
+    def __init__(
+        self,
+        metrics_file: Path,
+        events_file: Path,
+        display: Display,
+        trackers: Sequence[Tracker] = (),
+        *,
+        wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        secrets: Sequence[str] = (),
+        totals: Mapping[str, int] | None = None,
+    ) -> None:
+        """``secrets`` are hidden in every text; ``totals`` are the steps of stages that are known beforehand."""
+        self._metrics = _LineFile(metrics_file)
+        self._events = _LineFile(events_file)
+        self._display = display
+        self._trackers = trackers
+        self._wall = wall
+        self._monotonic = monotonic
+        self._secrets = secrets
+        self._totals = dict(totals or {})
+        self._status = Status()
+        self._last_step_at: float | None = None
+
+    @classmethod
+    @contextmanager
+    def open(cls, config: Config, directory: RunDirectory, console: Console | None = None) -> Iterator[Recorder]:
+        """The recorder that the configuration's ``logging`` asks for. Raises EnvironmentProblem when a tracker is not installed."""
+        trackers = [open_tracker(name, config, directory) for name in config.logging.report_to]
+        display = open_display(config.logging.progress, config.run_name, tuple(config.stages), console or Console(), time.monotonic)
+        recorder = cls(
+            directory.metrics_file,
+            directory.events_file,
+            display,
+            trackers,
+            secrets=secret_values(os.environ),
+            totals={"preference": config.preference.total_steps},
+        )
+        try:
+            recorder.event("attempt", incarnation=directory.incarnation, run_id=directory.run_id, pid=os.getpid())
+            yield recorder
+        except BaseException as error:
+            recorder.event("attempt_ended", incarnation=directory.incarnation, reason=type(error).__name__, detail=one_line(str(error)))
+            raise
+        else:
+            recorder.event("attempt_ended", incarnation=directory.incarnation, reason="done", detail="")
+        finally:
+            recorder.close()
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
+        """The metrics of one optimiser step (1-based in its stage); names as in docs/metrics.md."""
+        wall = self._wall()
+        values = {name: float(value) for name, value in metrics.items()}
+        self._metrics.write({"time": wall, "stage": str(stage), "step": step, **values})
+        for tracker in self._trackers:
+            tracker.log(str(stage), step, values, wall)
+        self._status = self._after_step(str(stage), step, values)
+        self._display.step(self._status)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Something that happens seldom (a published version, a lost worker, a checkpoint); ``fields`` are plain JSON values."""
+        self._events.write({"time": self._wall(), "kind": kind, **self._without_secrets(redact(fields))})
+
+    def status(self, **fields: Any) -> None:
+        """Fields of ``display.Status`` that changed between steps: doing, waits, gate, pairs, total and so on."""
+        if "stage" in fields:
+            fields.setdefault("total", self._totals.get(str(fields["stage"]), 0))
+        if "total" in fields:
+            self._totals[str(fields.get("stage", self._status.stage))] = fields["total"]
+        self._status = replace(self._status, **fields)
+        self._display.show(self._status)
+
+    def message(self, text: str) -> None:
+        """A line for people, also kept as an event."""
+        self.event("message", text=text)
+        self._display.message(redact_text(text, self._secrets))
+
+    def close(self) -> None:
+        """Files and trackers are written out, the terminal is as it was."""
+        for tracker in self._trackers:
+            tracker.close()
+        self._display.close()
+        self._metrics.close()
+        self._events.close()
+
+    def _after_step(self, stage: str, step: int, values: Mapping[str, float]) -> Status:
+        now = self._monotonic()
+        elapsed = now - self._last_step_at if self._last_step_at is not None and stage == self._status.stage else None
+        self._last_step_at = now
+        base = self._status if stage == self._status.stage else Status(stage=stage)
+        shown: dict[str, Any] = {field: values[name] for name, field in SHOWN_METRICS.items() if name in values}
+        if "version" in shown:
+            shown["version"] = int(shown["version"])
+        total = self._totals.get(stage, base.total)
+        left = elapsed * max(0, total - step) if elapsed is not None and total else None
+        return replace(base, step=step, total=total, doing="", waits=waits_line(values, elapsed), eta_s=left, **shown)
+
+    def _without_secrets(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return redact_text(value, self._secrets)
+        if isinstance(value, Mapping):
+            return {key: self._without_secrets(item) for key, item in value.items()}
+        return [self._without_secrets(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def waits_line(values: Mapping[str, float], elapsed: float | None) -> str:
+    """Who waited for whom in a step of ``elapsed`` seconds, as shares; empty when nobody waited for a tenth of it."""
+    if not elapsed:
+        return ""
+    shares = [(values.get(name, 0.0) / elapsed, words) for name, words in WAIT_METRICS.items()]
+    return ", ".join(f"{words} {min(share, 1.0):.0%}" for share, words in sorted(shares, reverse=True) if share >= WORTH_SAYING)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------------------
+
+
+class _LineFile:
+    """A JSON-lines file that is appended to and handed to the system line by line."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torn = _ends_inside_a_line(path)
+        self._file: TextIO = path.open("a", encoding="utf-8")
+        if torn:
+            self._file.write("\n")  # a crash cut the last line; the next one must not continue it
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False, default=str) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _ends_inside_a_line(path: Path) -> bool:
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: they are kept as the texts 'nan', 'inf' and '-inf', which float() reads back."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True, slots=True)
+class MetricRow:
+    """One step's metrics as metrics.jsonl keeps them; ``time`` is Unix time."""
+
+    time: float
+    stage: str
+    step: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class EventRow:
+    """One event as events.jsonl keeps it; ``time`` is Unix time."""
+
+    time: float
+    kind: str
+    fields: Mapping[str, Any]
+
+
+def read_metrics(path: Path) -> list[MetricRow]:
+    """Rows in file order, one a (stage, step): a resumed run writes replayed steps again, and the later row stands."""
+    rows: dict[tuple[str, int], MetricRow] = {}
+    for tree in _read_lines(path):
+        try:
+            wall, stage, step = float(tree.pop("time")), str(tree.pop("stage")), int(tree.pop("step"))
+            row = MetricRow(wall, stage, step, {name: float(value) for name, value in tree.items()})
+        except (KeyError, TypeError, ValueError):
+            continue
+        rows.pop((stage, step), None)
+        rows[stage, step] = row
+    return list(rows.values())
+
+
+def read_events(path: Path) -> list[EventRow]:
+    """Every event in file order."""
+    trees = [tree for tree in _read_lines(path) if "time" in tree and "kind" in tree]
+    return [EventRow(float(tree.pop("time")), str(tree.pop("kind")), tree) for tree in trees]
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The file's objects; a line that a crash cut is passed over, a missing file is empty."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            tree = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(tree, dict):
+            found.append(tree)
+    return found
+
+
+# ---- trackers --------------------------------------------------------------------------------------------------------------------
+
+
+def open_tracker(name: str, config: Config, directory: RunDirectory, load: Callable[[str], Any] = importlib.import_module) -> Tracker:
+    """The tracker that ``logging.report_to`` calls ``name``. Raises EnvironmentProblem when its package is not installed."""
+    try:
+        if name == "tensorboard":
+            return TensorBoard(directory.tensorboard, load)
+        return WeightsAndBiases(load("wandb"), config, directory)
+    except ImportError as problem:
+        extra = "sgpo_dist[wandb]" if name == "wandb" else "tensorboard"
+        raise EnvironmentProblem(
+            f"logging.report_to names {name}, which is not installed: pip install '{extra}', or take it off the list"
+        ) from problem
+
+
+class TensorBoard:
+    """Scalars tagged STAGE/metric over the stage's steps. Uses TensorBoard's own writer: no torch, no TensorFlow."""
+
+    def __init__(self, directory: Path, load: Callable[[str], Any] = importlib.import_module) -> None:
+        """A new event file in ``directory``."""
+        self._event = load("tensorboard.compat.proto.event_pb2").Event
+        self._summary = load("tensorboard.compat.proto.summary_pb2").Summary
+        self._writer = load("tensorboard.summary.writer.event_file_writer").EventFileWriter(str(directory))
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float], wall: float) -> None:
+        """One event with every metric."""
+        values = [self._summary.Value(tag=f"{stage}/{name}", simple_value=value) for name, value in metrics.items()]
+        self._writer.add_event(self._event(wall_time=wall, step=step, summary=self._summary(value=values)))
+
+    def close(self) -> None:
+        """Flush and end the writer's thread."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A W&B run that a resumed run continues: its id lies in the run's directory."""
+
+    def __init__(self, wandb: Any, config: Config, directory: RunDirectory) -> None:
+        """``wandb`` is the imported package."""
+        self._run = wandb.init(
+            project="sgpo_dist",
+            name=config.run_name,
+            id=_kept_id(directory.path / WANDB_ID_NAME),
+            resume="allow",
+            dir=str(directory.path),
+            config=redact(config.model_dump(mode="json")),
+        )
+        self._known: set[str] = set()
+
+    def log(self, stage: str, step: int, metrics: Mapping[str, float], wall: float) -> None:
+        """Metrics under STAGE/ with the stage's own step axis, since W&B's must only grow over the whole run."""
+        if stage not in self._known:
+            self._known.add(stage)
+            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+        self._run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in metrics.items()}})
+
+    def close(self) -> None:
+        """Mark the W&B run ended."""
+        self._run.finish()
+
+
+def _kept_id(path: Path) -> str:
+    """The id in ``path``, made at the first call."""
+    if not path.exists():
+        path.write_text(uuid.uuid4().hex[:12], encoding="ascii")
+    return path.read_text(encoding="ascii").strip()

@@ -1,0 +1,143 @@
+"""A run in flight: its parts, and how far it has come. Built by ``launch``, walked by ``train``.
+
+``Progress`` is what a checkpoint remembers; everything else is rebuilt from the configuration and the run directory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sgpo_dist.checkpoint import CheckpointStore
+from sgpo_dist.config import Config, SamplingConfig
+from sgpo_dist.data.loading import Corpus
+from sgpo_dist.errors import CheckpointError
+from sgpo_dist.prompts import PromptBook
+from sgpo_dist.recorder import Recorder
+from sgpo_dist.records import Stage
+from sgpo_dist.roles import Buffer, Fleet, Learner, LearnerStage, LossPlan, OptimiserPlan, Sampling
+
+
+FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands: ``step`` of ``stage`` is done, ``global_step`` counts over stages, ``version`` is published.
+
+    ``stage_version`` is the version that was current when the stage began.
+    """
+
+    stage: str
+    step: int = 0
+    global_step: int = 0
+    version: int = 0
+    stage_version: int = 0
+
+    def facts(self) -> dict[str, Any]:
+        """As a checkpoint's manifest stores it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_facts(facts: Mapping[str, Any]) -> Progress:
+        """Read back; raises CheckpointError when a field is missing."""
+        try:
+            return Progress(str(facts["stage"]), *(int(facts[name]) for name in ("step", "global_step", "version", "stage_version")))
+        except (KeyError, TypeError, ValueError) as problem:
+            raise CheckpointError(f"the checkpoint's manifest lacks the run's progress ({problem}); use --resume never in a new run") from None
+
+
+@dataclass(slots=True)
+class StopRequest:
+    """Set by a signal, read between steps. ``reason`` is empty while nobody asked."""
+
+    reason: str = ""
+
+    def ask(self, reason: str) -> None:
+        """The first reason stands."""
+        self.reason = self.reason or reason
+
+
+@dataclass(slots=True)
+class Run:
+    """All parts of one run."""
+
+    config: Config
+    directory: Path
+    initial_model: Path
+    corpus: Corpus
+    book: PromptBook
+    buffer: Buffer
+    fleet: Fleet
+    learner: Learner
+    store: CheckpointStore
+    recorder: Recorder
+    incarnation: int
+    progress: Progress
+    tolerance: float
+    restored_from: Path | None = None
+    published: int = -1
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    @property
+    def stage(self) -> Stage:
+        """The stage in progress."""
+        return Stage(self.progress.stage)
+
+    def stages_left(self) -> list[Stage]:
+        """The stage in progress and those after it; none when the run is finished."""
+        names = list(self.config.stages)
+        if self.progress.stage == FINISHED:
+            return []
+        return [Stage(name) for name in names[names.index(self.stage.value) :]]
+
+    def stage_after(self, stage: Stage) -> str:
+        """The next stage's name, or FINISHED."""
+        names = list(self.config.stages)
+        place = names.index(stage.value) + 1
+        return names[place] if place < len(names) else FINISHED
+
+    def moved(self, **changes: Any) -> None:
+        """Replace fields of the progress."""
+        self.progress = replace(self.progress, **changes)
+
+    def stage_dir(self, stage: Stage) -> Path:
+        """Where a stage leaves its model."""
+        return self.directory / "stages" / stage.value
+
+    def start_model(self, stage: Stage) -> Path:
+        """The model a stage starts from: that of the stage before it in this run, or the initial one."""
+        names = list(self.config.stages)
+        place = names.index(stage.value)
+        return self.stage_dir(Stage(names[place - 1])) if place else self.initial_model
+
+    def learner_stage(self, stage: Stage, total_steps: int) -> LearnerStage:
+        """What the learner needs for a stage."""
+        config = self.config
+        section = {Stage.SFT: config.sft, Stage.IMPROVER: config.improver, Stage.PREFERENCE: config.preference}[stage]
+        optimiser = OptimiserPlan(
+            learning_rate=section.learning_rate,
+            total_steps=total_steps,
+            warmup_ratio=section.warmup_ratio,
+            schedule=section.schedule,
+            max_grad_norm=config.learner.max_grad_norm,
+            weight_decay=config.learner.weight_decay,
+            beta1=config.learner.beta1,
+            beta2=config.learner.beta2,
+        )
+        preference = config.preference
+        loss = LossPlan(preference.loss_type, preference.beta, preference.label_smoothing, preference.nll_coef)
+        start = str(self.start_model(stage))
+        return LearnerStage(stage, start, optimiser, loss, start if stage is Stage.PREFERENCE else None)
+
+
+def sampling(settings: SamplingConfig) -> Sampling:
+    """A configured sampling as the engines take it."""
+    return Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens)
+
+
+def greedy(max_new_tokens: int) -> Sampling:
+    """Deterministic decoding, for held-out figures."""
+    return Sampling(0.0, 1.0, 0, max_new_tokens)

@@ -1,0 +1,1 @@
+"""Starter data written for this project: ``orders`` (notes and their JSON, generated) and ``chat`` (everyday prompts, packaged)."""

@@ -1,0 +1,118 @@
+"""The main job as a user runs it: the command line, real Ray, vLLM, DeepSpeed and SQLite, a real model.
+
+One uninterrupted synchronous fp32 run is the yardstick: its pairs are walked, its ledger audited, its model loaded; a second run is killed
+between two steps, resumed by the same command, and has to end in the very same weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SETTINGS = (
+    "stages=[preference]",
+    "model.dtype=float32",
+    "data.path=chat",
+    "data.max_prompts=24",
+    "data.max_heldout=2",
+    "data.max_prompt_tokens=128",
+    "preference.total_steps=4",
+    "preference.max_staleness=0",
+    "preference.learning_rate=2e-5",
+    "preference.pair_gate.require_eos=false",
+    "rollout.max_model_len=384",
+    "rollout.policy.max_new_tokens=12",
+    "rollout.improver.max_new_tokens=12",
+    "rollout.concurrency=8",
+    "learner.train_batch_size=2",
+    "checkpoint.save_steps=2",
+    "cluster.min_free_disk_gib=1",
+    "eval.enabled=false",
+    "logging.progress=plain",
+)
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(560)]
+
+
+def command(name: str, output: Path) -> list[str]:
+    return [sys.executable, "-m", "sgpo_dist", "train", *SETTINGS, f"run_name={name}", f"output_dir={output}"]
+
+
+def weights_sha256(run: Path) -> str:
+    return hashlib.sha256((run / "model" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def steps_logged(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def events(run: Path, kind: str) -> list[dict[str, object]]:
+    return [event for event in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if event["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs")
+    done = subprocess.run(command("whole", output), cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return output / "whole"
+
+
+def test_every_pair_was_made_by_the_current_version_and_trained_once(uninterrupted: Path) -> None:
+    database = sqlite3.connect(f"file:{uninterrupted / 'buffer.db'}?mode=ro", uri=True)
+    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type='table'")}
+    assert tables
+    published = events(uninterrupted, "version_published")
+    assert [event["version"] for event in published] == [0, 1, 2, 3, 4]
+    assert all(event["probe_gap"] < 2e-3 for event in published), published
+    assert len({event["checksum"] for event in published}) == 5  # every step moved the weights
+
+
+def test_audit_accepts_the_run(uninterrupted: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "sgpo_dist", "audit", str(uninterrupted)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_finished_run_says_so_and_does_nothing(uninterrupted: Path) -> None:
+    before = (uninterrupted / "events.jsonl").read_bytes()
+    done = subprocess.run(command("whole", uninterrupted.parent), cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0
+    assert "finished" in done.stdout
+    assert (uninterrupted / "events.jsonl").read_bytes() == before
+
+
+def test_the_model_answers_in_plain_transformers(uninterrupted: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(uninterrupted / "model")
+    model = AutoModelForCausalLM.from_pretrained(uninterrupted / "model")
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0])
+
+
+def test_killed_between_two_steps_and_resumed_ends_in_the_same_weights(uninterrupted: Path) -> None:
+    run = uninterrupted.parent / "killed"
+    with (uninterrupted.parent / "killed.out").open("w") as out:
+        driver = subprocess.Popen(command("killed", run.parent), cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+        deadline = time.monotonic() + 300
+        while steps_logged(run) < 3 and driver.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(driver.pid, signal.SIGKILL)
+        driver.wait(timeout=30)
+    assert steps_logged(run) == 3
+    again = subprocess.run(command("killed", run.parent), cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    assert weights_sha256(run) == weights_sha256(uninterrupted)
