@@ -66,7 +66,7 @@ class Blend:
     budget: float = 0.5
 
     async def revise(self, prompt: Prompt, draft: Completion) -> str | None:
-        """None without a reference, or when the draft says all that the reference says."""
+        """None without a reference, for JSON and code, and when the draft says all that the reference says."""
         if prompt.reference is None:
             return None
         return blended(draft.text, draft.finish_reason is FinishReason.STOP, prompt.reference, self.budget)
@@ -175,7 +175,7 @@ def tidied(text: str, ended: bool, limits: TidyLimits = TIDY_LIMITS) -> str | No
         return None
     pieces = _without_repeats(_finished(sentences(text), ended), limits.repeat_similarity)
     pieces = _first_that_fit(pieces, limits)
-    while pieces and pieces[-1].rstrip().endswith(_LEAD_IN):
+    while pieces and _leads_on(pieces):
         pieces = pieces[:-1]
     result = "".join(pieces).strip()
     if result and not ends_complete(result):
@@ -188,7 +188,10 @@ def blended(text: str, ended: bool, reference: str, budget: float) -> str | None
 
     A reference sentence is missing when no draft sentence is 0.8 like it. In the reference's order, each takes the place of the free draft
     sentence that shares most words with it, or comes at the end when none shares any; ``budget`` times the draft's sentences at most.
+    JSON and code have no sentences and stay as they are.
     """
+    if _STRUCTURED.match(text) or _STRUCTURED.match(reference):
+        return None
     pieces = _finished(sentences(text), ended)
     missing = [new for new in sentences(reference) if all(similarity(new, old) < 0.8 for old in pieces)]
     allowed = max(1, round(budget * len(pieces))) if budget > 0 else 0
@@ -231,6 +234,11 @@ def _first_that_fit(pieces: list[str], limits: TidyLimits) -> list[str]:
 
 def _one_line(problem: Exception) -> str:
     return " ".join(f"{type(problem).__name__}: {problem}".split())
+
+
+def _leads_on(pieces: list[str]) -> bool:
+    """Whether more must follow: a colon or comma at the end, or a quotation that is still open."""
+    return pieces[-1].rstrip().endswith(_LEAD_IN) or "".join(pieces).count('"') % 2 == 1
 
 
 def _leading_space(piece: str) -> str:

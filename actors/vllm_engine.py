@@ -22,6 +22,7 @@ from sgpo_dist.weights.version import ProbeRow, WeightBundle, WeightProof
 ROLE = "engine"
 OWNER_VARIABLE = "SGPO_ENGINE_OWNER_PID"
 _DIGEST_TIMEOUT_S = 120.0
+_TOKENS_BETWEEN_SIGNS = 16  # a running request shows that it lives this often, and costs nothing in between
 _GIB = 1 << 30
 
 
@@ -31,7 +32,8 @@ class EngineSpec:
 
     ``transport`` is shm, nccl or ipc. ``cpu_cores`` are the cores of a CPU engine (None: all this process may use). ``kv_cache_gib`` bounds a CPU
     engine's KV cache, ``gpu_memory_utilization`` a GPU engine's memory. ``probes`` are scored after each received version.
-    ``engine_kwargs`` go to vLLM unchanged and win over everything here. ``repack_tied_head`` is for one regression test only.
+    ``engine_kwargs`` go to vLLM unchanged and win over everything here. With requests in flight and no token for ``stuck_s`` the engine
+    counts as hung. ``repack_tied_head`` is for one regression test only.
     """
 
     model_dir: str
@@ -49,6 +51,7 @@ class EngineSpec:
     log_level: str = "INFO"
     max_num_seqs: int = 128
     worker_id: str = "engine"
+    stuck_s: float = 300.0
     repack_tied_head: bool = True
 
 
@@ -72,7 +75,15 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
 def _cpu_environment(cores: tuple[int, ...] | None) -> dict[str, str]:
     """Bind the engine to ``cores``. Without this vLLM keeps one core back for its scheduler, which is half of a two-core machine."""
     bound = cores if cores is not None else tuple(sorted(os.sched_getaffinity(0)))
-    return {"VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, bound)), "OMP_NUM_THREADS": str(len(bound)), "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
+    return {
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, bound)),
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+        "OMP_NUM_THREADS": str(len(bound)),
+        # Threads that wait sleep instead of spinning: the learner shares these cores, and a spinning barrier starves both.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        # vLLM compiles a few helpers even when eager: seconds, a compiler and a shared cache, for nothing on a CPU.
+        "TORCHDYNAMO_DISABLE": "1",
+    }
 
 
 class VllmEngine:
@@ -85,6 +96,8 @@ class VllmEngine:
         self._version = -1
         self._receiving = asyncio.Lock()
         self._probe_count = 0
+        self._running = 0
+        self._last_token = clock()
         self._broken = ""
 
     @property
@@ -143,17 +156,20 @@ class VllmEngine:
     async def _run(self, request_id: str, prompt_ids: Sequence[int], params: Any) -> Any:
         """The final output of one request."""
         from vllm.inputs.engine import tokens_input
-        from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         self._refuse_if_broken()
-        params.output_kind = RequestOutputKind.FINAL_ONLY
+        if not self._running:
+            self._last_token = self._clock()
+        self._running += 1
         output = None
         try:
             async for output in self._llm.generate(tokens_input(list(prompt_ids)), params, request_id):
-                continue
+                self._last_token = self._clock()
         except (EngineDeadError, EngineGenerateError) as problem:
             raise WorkerFault(ROLE, f"vLLM's engine process died: {_first_line(problem)}") from None
+        finally:
+            self._running -= 1
         if output is None:
             raise WorkerFault(ROLE, f"request {request_id} ended without an answer")
         return output
@@ -200,6 +216,21 @@ class VllmEngine:
             raise WorkerFault(ROLE, f"vLLM's engine process died: {_first_line(problem)}") from None
         return checksum, self._clock() - paused
 
+    async def check(self) -> None:
+        """Returns when the engine core answers. Raises WorkerFault when it is dead, broken, or has requests and no token for ``stuck_s``."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self._refuse_if_broken()
+        silent_s = self._clock() - self._last_token
+        if self._running and silent_s > self._spec.stuck_s and not self._receiving.locked():
+            raise WorkerFault(ROLE, f"{self._running} requests in flight and no token for {silent_s:.0f} s")
+        if self._llm.errored:
+            raise WorkerFault(ROLE, "vLLM's engine process died")
+        try:
+            await self._llm.is_paused()
+        except EngineDeadError as problem:
+            raise WorkerFault(ROLE, f"vLLM's engine process died: {_first_line(problem)}") from None
+
     async def pids(self) -> list[int]:
         """Process ids of the engine's children, for supervision and tests."""
         return sorted({pid for row in await self._llm.collective_rpc("sgpo_pids") for pid in row} - {os.getpid()})
@@ -207,9 +238,12 @@ class VllmEngine:
     async def stop(self) -> None:
         """End the engine and its child processes; safe to call twice. Waits at most 20 s for them."""
         llm, self._llm = self._llm, None
-        if llm is not None:
-            await asyncio.to_thread(llm.shutdown, 20.0)
         self._broken = "stopped"
+        if llm is None:
+            return
+        if llm.output_handler is not None:
+            llm.output_handler.cancel()  # else it reports the end of the engine as a crash
+        await asyncio.to_thread(llm.shutdown, 20.0)
 
     def _refuse_if_broken(self) -> None:
         if self._broken or self._llm is None:
@@ -243,6 +277,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "max_num_seqs": spec.max_num_seqs,
         "seed": spec.seed,
         "enable_prefix_caching": True,
+        "stream_interval": _TOKENS_BETWEEN_SIGNS,
         "disable_log_stats": True,
         "enable_log_requests": False,
     }

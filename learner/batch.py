@@ -13,7 +13,7 @@ Shapes: ``_B`` = rows, ``_L`` = positions of the longest row, ``_N`` = scored to
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
 import torch
@@ -62,9 +62,17 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on ``device``."""
-        tensors = (self.input_ids_B_L, self.positions_B_L, self.mask_B1LL, self.index_N, self.target_N, self.segment_N)
-        moved = [tensor if tensor is None else tensor.to(device) for tensor in tensors]
-        return MicroBatch(*moved, self.num_rows, self.num_segments, self.num_tokens)  # type: ignore[arg-type]
+        mask_B1LL = None if self.mask_B1LL is None else self.mask_B1LL.to(device)
+        return replace(
+            self,
+            input_ids_B_L=self.input_ids_B_L.to(device),
+            positions_B_L=self.positions_B_L.to(device),
+            mask_B1LL=mask_B1LL,
+            index_N=self.index_N.to(device),
+            target_N=self.target_N.to(device),
+            segment_N=self.segment_N.to(device),
+        )
+
 
 
 def pair_row(pair: PreferencePair) -> Row:

@@ -8,15 +8,17 @@ Shapes: see ``batch``; ``_H`` = hidden size, ``_C`` = scored tokens of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Final
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -26,10 +28,39 @@ from sgpo_dist.config import LoraConfig, ModelConfig
 from sgpo_dist.errors import ConfigError, EnvironmentProblem
 
 SCORED_CHUNK: Final = 256
+ADAPTER: Final = "default"
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MASKABLE_ATTENTION: Final = ("sdpa", "eager")
 ALTERED_LOGITS: Final = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Configuration keys of models that change the head's output; scoring would be silently wrong, so they are refused."""
+
+
+class ScoringHead(nn.Module):
+    """Log-probs of given tokens from hidden states, a chunk of positions at a time.
+
+    Holds the language-model head's own parameters. Being a module of its own, it has them whole for its entire forward and backward
+    pass under ZeRO-3; the head's own module would let go of them in the middle of a recomputation.
+    """
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.weight = head.weight
+        self.bias = head.bias
+
+    def forward(self, hidden_N_H: Tensor, target_N: Tensor) -> Tensor:
+        """``[N]`` float32."""
+        chunks = zip(hidden_N_H.split(SCORED_CHUNK), target_N.split(SCORED_CHUNK), strict=True)
+        return torch.cat([self._chunk(hidden_C_H, target_C) for hidden_C_H, target_C in chunks])
+
+    def _chunk(self, hidden_C_H: Tensor, target_C: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self._logps(hidden_C_H, target_C)
+        logps_C: Tensor = checkpoint(self._logps, hidden_C_H, target_C, use_reentrant=False, preserve_rng_state=False)
+        return logps_C
+
+    def _logps(self, hidden_C_H: Tensor, target_C: Tensor) -> Tensor:
+        # log pi(target) = logit(target) - logsumexp(logits), in float32 whatever the model computes in
+        return -cross_entropy(linear(hidden_C_H, self.weight, self.bias).float(), target_C, reduction="none")
 
 
 class CompletionScorer(nn.Module):
@@ -38,23 +69,24 @@ class CompletionScorer(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        head = self.causal_lm.get_output_embeddings()
+        if type(head) is not nn.Linear:
+            raise ConfigError("the learner needs a plain linear head; leave lm_head out of model.lora.target_modules")
+        self.head = ScoringHead(head)
 
     @property
-    def causal_lm(self) -> nn.Module:
+    def causal_lm(self) -> Any:
         """The Hugging Face model without its adapter wrapper (adapter layers are still inside)."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """``[N]`` float32 log-probs (nats), in the batch's order of scored tokens."""
-        model: Any = self.causal_lm
-        mask = _fitting_mask(batch.mask_B1LL, model)
-        hidden_B_L_H = model.get_decoder()(
+        mask = _fitting_mask(batch.mask_B1LL, self.causal_lm)
+        hidden_B_L_H = self.causal_lm.get_decoder()(
             input_ids=batch.input_ids_B_L, attention_mask=mask, position_ids=batch.positions_B_L if mask is not None else None, use_cache=False
         ).last_hidden_state
-        hidden_N_H = hidden_B_L_H.flatten(0, 1).index_select(0, batch.index_N)
-        head = model.get_output_embeddings()
-        pieces = zip(hidden_N_H.split(SCORED_CHUNK), batch.target_N.split(SCORED_CHUNK), strict=True)
-        return torch.cat([_chunk_logps(head, hidden_C_H, target_C) for hidden_C_H, target_C in pieces])
+        logps_N: Tensor = self.head(hidden_B_L_H.flatten(0, 1).index_select(0, batch.index_N), batch.target_N)
+        return logps_N
 
 
 def load_model(
@@ -67,16 +99,17 @@ def load_model(
     model = _read_model(model_dir, settings, attn_implementation)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
     if settings.lora.enabled:
         model = _with_adapters(model, settings.lora, seed)
-    return CompletionScorer(model).to(device).train()
+    scorer: CompletionScorer = CompletionScorer(model).to(device).train()
+    return scorer
 
 
 def load_reference(model_dir: str, settings: ModelConfig, attn_implementation: str, device: torch.device) -> CompletionScorer:
     """A frozen model to score with; errors as ``load_model``."""
     model = _read_model(model_dir, settings, attn_implementation)
-    return CompletionScorer(model).to(device).eval().requires_grad_(False)
+    scorer: CompletionScorer = CompletionScorer(model).to(device).eval().requires_grad_(False)
+    return scorer
 
 
 @contextmanager
@@ -126,7 +159,7 @@ def _with_adapters(model: Any, lora: LoraConfig, seed: int) -> PeftModel:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, plan, autocast_adapter_dtype=False)  # type: ignore[return-value]
+        return get_peft_model(model, plan, autocast_adapter_dtype=False)
 
 
 def _fitting_mask(mask_B1LL: Tensor | None, model: Any) -> Tensor | None:
@@ -137,13 +170,59 @@ def _fitting_mask(mask_B1LL: Tensor | None, model: Any) -> Tensor | None:
     return torch.zeros(mask_B1LL.shape, dtype=dtype, device=mask_B1LL.device).masked_fill(~mask_B1LL, torch.finfo(dtype).min)
 
 
-def _chunk_logps(head: nn.Module, hidden_C_H: Tensor, target_C: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return _head_logps(head, hidden_C_H, target_C)
-    logps_C: Tensor = checkpoint(_head_logps, head, hidden_C_H, target_C, use_reentrant=False, preserve_rng_state=False)
-    return logps_C
+# ---- the weights by their Hugging Face names --------------------------------------------------------------------------------------
 
 
-def _head_logps(head: nn.Module, hidden_C_H: Tensor, target_C: Tensor) -> Tensor:
-    # log pi(target) = logit(target) - logsumexp(logits), in float32 whatever the model computes in
-    return -cross_entropy(head(hidden_C_H).float(), target_C, reduction="none")
+@dataclass(frozen=True, slots=True)
+class NamedWeight:
+    """One tensor of the plain model: its Hugging Face name, what it is made of, and the adapter layer to merge into it (if any)."""
+
+    name: str
+    tensor: Tensor
+    adapter: Any | None = None
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """Everything ``value`` reads; under ZeRO-3 all of it must be gathered."""
+        return [self.tensor, *(self.adapter.parameters() if self.adapter is not None else ())]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The full shape, also while ZeRO-3 holds only a share."""
+        return tuple(getattr(self.tensor, "ds_shape", self.tensor.shape))
+
+    def value(self) -> Tensor:
+        """The weight, or a merged copy; the original is never touched."""
+        if self.adapter is None:
+            return self.tensor.detach()
+        with torch.no_grad():
+            return (self.tensor.float() + self.adapter.get_delta_weight(ADAPTER).float()).to(self.tensor.dtype)
+
+
+def named_weights(scorer: CompletionScorer) -> list[NamedWeight]:
+    """What ``save_pretrained`` of the plain model would write, in name order: adapters merged, a tied head left out."""
+    model = scorer.causal_lm
+    state = model.state_dict(keep_vars=True)
+    head = {f"{name}.weight" for name, module in model.named_modules() if module is model.get_output_embeddings()} if ties_head(model) else set()
+    adapters = {name: module for name, module in model.named_modules() if ADAPTER in getattr(module, "lora_A", {})}
+    weights = []
+    for key, tensor in state.items():
+        owner, _, leaf = key.rpartition(".")
+        if key in head or any(part.startswith("lora_") for part in owner.split(".")):
+            continue
+        plain_owner = owner.removesuffix(".base_layer")
+        adapter = adapters.get(plain_owner) if leaf == "weight" else None
+        weights.append(NamedWeight(f"{plain_owner}.{leaf}" if plain_owner else leaf, tensor, adapter))
+    return sorted(weights, key=lambda weight: weight.name)
+
+
+def layer_groups(weights: Sequence[NamedWeight]) -> list[list[NamedWeight]]:
+    """Weights in name order, cut into one group a decoder layer (or other numbered block): what is gathered at once."""
+    return [list(group) for _, group in groupby(weights, key=lambda weight: _block(weight.name))]
+
+
+def _block(name: str) -> str:
+    """``model.layers.3.`` of ``model.layers.3.mlp.down_proj.weight``; empty outside of numbered blocks."""
+    parts = name.split(".")
+    numbered = next((place for place, part in enumerate(parts) if part.isdigit()), -1)
+    return ".".join(parts[: numbered + 1])

@@ -304,7 +304,7 @@ class CheckpointStore:
             raise CheckpointError(f"{path} was not written by sgpo_dist; move it out of the run's directory")
         if tree.get("format_version") != FORMAT_VERSION:
             found = tree.get("format_version")
-            raise CheckpointError(f"{path} has checkpoint format {found}, this release reads {FORMAT_VERSION}; use the release that wrote it")
+            raise CheckpointError(f"{path} has checkpoint format {found}, not {FORMAT_VERSION}; use the release that wrote it")
         if tree.get("run_id") != self._run_id:
             raise CheckpointError(f"{path} belongs to another run ({str(tree.get('run_id'))[:8]}…); move it out of this run's directory")
 

@@ -207,7 +207,7 @@ class CheckpointConfig(Section):
 class LoggingConfig(Section):
     """What is recorded and shown."""
 
-    report_to: list[Literal["tensorboard", "wandb"]] = Field(default_factory=lambda: ["tensorboard"], description="Trackers beside metrics.jsonl.")
+    report_to: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="Trackers beside metrics.jsonl.")
     progress: Literal["auto", "rich", "plain", "off"] = Field("auto", description="Live display; auto: rich on a terminal, plain lines otherwise.")
     level: Literal["DEBUG", "INFO", "WARNING"] = Field("INFO", description="Level of the log files.")
 
@@ -233,7 +233,7 @@ class Config(Section):
 
     run_name: str = Field("run", description="Name of the run; its directory is output_dir/run_name.")
     output_dir: str = Field("runs", description="Parent of run directories.")
-    stages: list[StageName] = Field(default_factory=lambda: ["sft", "improver", "preference"], description="Stages in order; each can run alone.")
+    stages: list[StageName] = Field(["sft", "improver", "preference"], description="Stages in order; each can run alone.")
     seed: int = Field(0, ge=0, description="One seed for everything that draws.")
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)

@@ -1,7 +1,7 @@
 """The assembly: the only file that sees both sides. Builds the parts of a Run from a Config, runs the story, tidies up.
 
 Called by the command line and by ``sgpo_dist.train``. Ray, the actors and the learner are imported here and nowhere else in this
-package. Leaves out: what a run does (train) and how a role works (actors, learner, buffer).
+package. Leaves out: what a run does (story) and how a role works (actors, learner, buffer).
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.fleet import FleetSpec, RayFleet
 from actors.handles import RemoteBuffer
 from actors.vllm_engine import EngineSpec
 from learner.group import GroupSpec, LearnerGroup
 from sgpo_dist.buffer.service import PairBuffer
-from sgpo_dist.checkpoint import Checkpoint, CheckpointStore
+from sgpo_dist.checkpoint import Checkpoint, CheckpointStore, crash_point
 from sgpo_dist.config import Config
-from sgpo_dist.data.embedded_model import embedded_model_dir
+from sgpo_dist.data.embedded_model import default_cache_root, embedded_model_dir
 from sgpo_dist.data.loading import Corpus, check_lengths, load_corpus
 from sgpo_dist.errors import ConfigError, EnvironmentProblem
-from sgpo_dist.evaluate.heldout import read_rows
 from sgpo_dist.prompts import PromptBook, load_tokenizer
 from sgpo_dist.recorder import Recorder
 from sgpo_dist.run import FINISHED, Progress, Run
 from sgpo_dist.run_directory import RunDirectory
-from sgpo_dist.train import train
+from sgpo_dist.story import train
 from sgpo_dist.weights.version import ProbeRow
 
 FRACTION_OF_A_CORE = 0.5  # what a CPU role asks Ray for: placement only, so that a laptop's two cores hold every role
@@ -95,11 +95,11 @@ async def _assemble(
     progress = Progress.from_facts(checkpoint.facts) if checkpoint else Progress(config.stages[0])
     start_model = initial_model if progress.stage == config.stages[0] else directory.stage_model(_stage_before(config, progress.stage))
     placement = place(config)
-    buffer, incarnation = await _start_buffer(directory, parts)
+    handle, incarnation = await _start_buffer(directory, parts)
     probes = probe_rows(corpus, book, config.weights.num_probes)
     learner = LearnerGroup(group_spec(config, directory, placement, probes))
     parts.append(learner.stop)
-    fleet = RayFleet(fleet_spec(config, directory, placement, probes, start_model), buffer=buffer, on_event=recorder.event)
+    fleet = RayFleet(fleet_spec(config, directory, placement, probes, start_model), handle, recorder.event)
     parts.append(fleet.stop)
     recorder.status(doing="starting the engines and the learner")
     await asyncio.gather(fleet.start(config.rollout.num_rollout_workers), learner.start())
@@ -109,7 +109,7 @@ async def _assemble(
         initial_model=initial_model,
         corpus=corpus,
         book=book,
-        buffer=buffer,
+        buffer=RemoteBuffer(handle),
         fleet=fleet,
         learner=learner,
         store=store,
@@ -122,7 +122,7 @@ async def _assemble(
 
 
 def _stage_before(config: Config, stage: str) -> str:
-    names = list(config.stages)
+    names: list[str] = list(config.stages)
     return names[max(0, names.index(stage) - 1)]
 
 
@@ -151,7 +151,7 @@ def probe_rows(corpus: Corpus, book: PromptBook, count: int) -> tuple[ProbeRow, 
 
 def _leave_model(run: Run) -> None:
     """The last stage's model becomes ``model/``: a copy beside, then one rename."""
-    source = run.stage_dir_of_last()
+    source = run.last_model()
     draft = run.directory / ".model.tmp"
     shutil.rmtree(draft, ignore_errors=True)
     shutil.copytree(source, draft)
@@ -165,3 +165,154 @@ def _stop_on_signals(run: Run) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, run.stop.ask, signal.Signals(number).name)
+
+
+# ---- where things run -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Which devices, types and transport a configuration means."""
+
+    rollout_device: str
+    engine_dtype: str
+    transport: str
+
+
+def place(config: Config) -> Placement:
+    """Resolve the configuration's 'auto' values. GPUs are used when the learner asks for them."""
+    on_gpu = config.learner.gpus_per_rank > 0
+    dtype = config.rollout.dtype
+    if dtype == "auto":
+        dtype = config.model.dtype if on_gpu else "float32"
+    transport = config.weights.transport
+    if transport == "auto":
+        transport = ("ipc" if config.learner.gpus_per_rank < 1 else "nccl") if on_gpu else "shm"
+    return Placement("cuda" if on_gpu else "cpu", dtype, transport)
+
+
+def probe_tolerance(config: Config, placement: Placement) -> float:
+    """Mean |log-prob gap| allowed at the proof, in nats. The learner scores probes in the engine's own type, so only kernels differ."""
+    if config.weights.probe_tolerance is not None:
+        return config.weights.probe_tolerance
+    return 2e-3 if placement.engine_dtype == "float32" else 6e-2
+
+
+@contextmanager
+def ray_session(config: Config, directory: RunDirectory) -> Iterator[None]:
+    """Join the cluster of this job, or the one that is configured, or start a local one; leave it in the end.
+
+    Raises EnvironmentProblem when the cluster has fewer GPUs than the run needs: a placement that can never happen must not be waited for.
+    """
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+    if address in (None, "local"):
+        cores = config.cluster.num_cpus or len(os.sched_getaffinity(0))
+        settings |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": int(config.cluster.object_store_gib * 2**30)}
+        address = "local"
+    try:
+        ray.init(address=address, namespace=f"sgpo-{directory.run_id}", **settings)
+    except (ConnectionError, RuntimeError, ValueError) as problem:
+        raise EnvironmentProblem(f"Ray at '{address}' cannot be reached: {str(problem).splitlines()[0]}; see `sgpo-dist doctor`") from problem
+    try:
+        _require_gpus(config)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require_gpus(config: Config) -> None:
+    if not config.learner.gpus_per_rank:
+        return
+    needed = config.learner.gpus_per_rank * config.learner.num_ranks + config.rollout.num_rollout_workers * config.rollout.tensor_parallel_size
+    there = ray.cluster_resources().get("GPU", 0.0)
+    if there < needed:
+        raise EnvironmentProblem(f"the run asks for {needed:g} GPUs and the cluster has {there:g}; lower learner.num_ranks or rollout.num_rollout_workers")
+
+
+async def _start_buffer(directory: RunDirectory, parts: list[Callable[[], Awaitable[None]]]) -> tuple[Any, int]:
+    """The buffer's actor on the driver's node, restarted by Ray on its file; and this driver's incarnation."""
+    handle = (
+        ray.remote(PairBuffer)
+        .options(num_cpus=0, max_restarts=-1, max_task_retries=0, max_concurrency=1000, scheduling_strategy=_this_node())
+        .remote(str(directory.database))
+    )
+
+    async def end() -> None:
+        ray.kill(handle)
+
+    parts.append(end)
+    return handle, await RemoteBuffer(handle).begin_incarnation()
+
+
+def _this_node() -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def group_spec(config: Config, directory: RunDirectory, placement: Placement, probes: tuple[ProbeRow, ...]) -> GroupSpec:
+    """What the learner's ranks need."""
+    return GroupSpec(
+        model=config.model,
+        learner=config.learner,
+        transport=placement.transport,
+        engine_dtype=placement.engine_dtype,
+        probes=probes,
+        seed=config.seed,
+        cache_dir=str(default_cache_root()),
+        num_cpus=0.0 if config.learner.gpus_per_rank else FRACTION_OF_A_CORE,
+    )
+
+
+def engine_spec(config: Config, placement: Placement, probes: tuple[ProbeRow, ...], model_dir: Path) -> EngineSpec:
+    """What a rollout worker's engine needs."""
+    rollout = config.rollout
+    return EngineSpec(
+        model_dir=str(model_dir),
+        dtype=placement.engine_dtype,
+        max_model_len=rollout.max_model_len,
+        tensor_parallel_size=rollout.tensor_parallel_size,
+        kv_cache_gib=rollout.kv_cache_gib,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        transport=placement.transport,
+        engine_kwargs=rollout.engine_kwargs,
+        probes=probes,
+        device=placement.rollout_device,
+        seed=config.seed,
+        log_level=config.logging.level,
+        max_num_seqs=rollout.concurrency,
+    )
+
+
+def fleet_spec(config: Config, directory: RunDirectory, placement: Placement, probes: tuple[ProbeRow, ...], model_dir: Path) -> FleetSpec:
+    """What the fleet makes its workers from."""
+    rollout = config.rollout
+    on_gpu = placement.rollout_device == "cuda"
+    shared = config.learner.gpus_per_rank % 1  # a learner that takes part of a GPU leaves the rest to the engine beside it
+    return FleetSpec(
+        engine=engine_spec(config, placement, probes, model_dir),
+        template=rollout.template,
+        gate=config.preference.pair_gate,
+        concurrency=rollout.concurrency,
+        lease_s=rollout.lease_s,
+        request_timeout_s=rollout.lease_s,
+        start_timeout_s=rollout.start_timeout_s,
+        heartbeat_timeout_s=rollout.heartbeat_timeout_s,
+        receive_timeout_s=config.weights.timeout_s,
+        max_restarts=rollout.max_restarts,
+        tolerance=probe_tolerance(config, placement),
+        log_dir=str(directory.logs),
+        attempt=directory.incarnation,
+        num_cpus=FRACTION_OF_A_CORE,
+        num_gpus=(1.0 - shared if shared else float(rollout.tensor_parallel_size)) if on_gpu else 0.0,
+    )
+
+
+def _store(config: Config, directory: RunDirectory) -> CheckpointStore:
+    return CheckpointStore(
+        directory.checkpoints,
+        run_id=directory.run_id,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+        min_free_bytes=int(config.cluster.min_free_disk_gib * 2**30),
+        crash_point=crash_point(os.environ),
+    )

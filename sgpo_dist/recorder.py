@@ -229,7 +229,7 @@ class EventRow:
 
 
 def read_metrics(path: Path) -> list[MetricRow]:
-    """Rows in file order, one a (stage, step): a resumed run writes replayed steps again, and the later row stands."""
+    """One row a (stage, step), last written last: a resumed run writes replayed steps again, and the later row stands."""
     rows: dict[tuple[str, int], MetricRow] = {}
     for tree in _read_lines(path):
         try:

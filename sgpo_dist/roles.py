@@ -160,8 +160,8 @@ class Buffer(Protocol):
     async def put(self, incarnation: int, worker_id: str, outcomes: Sequence[Outcome]) -> PutReceipt:
         """Store outcomes; returns when they are durable. Idempotent by uid."""
 
-    async def give_back(self, incarnation: int, worker_id: str) -> int:
-        """Return all leases of a worker that ended; they are leased again in prompt order."""
+    async def give_back(self, incarnation: int, worker_id: str, *, crashed: bool = True) -> int:
+        """Return all leases of a worker that ended; they are leased again in prompt order. ``crashed`` False holds nothing against them."""
 
     async def assign(self, incarnation: int, stage: Stage, step: int) -> Batch | None:
         """The batch of ``step`` (1-based), journalled before it is returned; None when the stage can never fill it.

@@ -1,4 +1,4 @@
-"""A run in flight: its parts, and how far it has come. Built by ``launch``, walked by ``train``.
+"""A run in flight: its parts, and how far it has come. Built by ``launch``, walked by ``story``.
 
 ``Progress`` is what a checkpoint remembers; everything else is rebuilt from the configuration and the run directory.
 """
@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_dist.checkpoint import CheckpointStore
-from sgpo_dist.config import Config, SamplingConfig
+from sgpo_dist.config import Config, ImproverConfig, PreferenceConfig, SamplingConfig, SftConfig
 from sgpo_dist.data.loading import Corpus
 from sgpo_dist.errors import CheckpointError
 from sgpo_dist.prompts import PromptBook
 from sgpo_dist.recorder import Recorder
 from sgpo_dist.records import Stage
 from sgpo_dist.roles import Buffer, Fleet, Learner, LearnerStage, LossPlan, OptimiserPlan, Sampling
-
 
 FINISHED = "finished"
 
@@ -46,7 +45,7 @@ class Progress:
         try:
             return Progress(str(facts["stage"]), *(int(facts[name]) for name in ("step", "global_step", "version", "stage_version")))
         except (KeyError, TypeError, ValueError) as problem:
-            raise CheckpointError(f"the checkpoint's manifest lacks the run's progress ({problem}); use --resume never in a new run") from None
+            raise CheckpointError(f"the checkpoint's manifest lacks the run's progress ({problem}); start a new run_name") from None
 
 
 @dataclass(slots=True)
@@ -107,6 +106,10 @@ class Run:
         """Where a stage leaves its model."""
         return self.directory / "stages" / stage.value
 
+    def last_model(self) -> Path:
+        """The model of the last configured stage."""
+        return self.stage_dir(Stage(self.config.stages[-1]))
+
     def start_model(self, stage: Stage) -> Path:
         """The model a stage starts from: that of the stage before it in this run, or the initial one."""
         names = list(self.config.stages)
@@ -116,7 +119,12 @@ class Run:
     def learner_stage(self, stage: Stage, total_steps: int) -> LearnerStage:
         """What the learner needs for a stage."""
         config = self.config
-        section = {Stage.SFT: config.sft, Stage.IMPROVER: config.improver, Stage.PREFERENCE: config.preference}[stage]
+        sections: dict[Stage, SftConfig | ImproverConfig | PreferenceConfig] = {
+            Stage.SFT: config.sft,
+            Stage.IMPROVER: config.improver,
+            Stage.PREFERENCE: config.preference,
+        }
+        section = sections[stage]
         optimiser = OptimiserPlan(
             learning_rate=section.learning_rate,
             total_steps=total_steps,

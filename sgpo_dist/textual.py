@@ -20,9 +20,7 @@ _END: Final = re.compile(r"[.!?…]+[\"'”’)\]*_]*(?=\s)|[。！？]+|(?=\n)"
 _COMPLETE: Final = re.compile(r"(?:[.!?…。！？][\"'”’)\]*_»」]*|[}\]]|```)$")
 _ENUMERATOR: Final = re.compile(r"[\s*#>-]*\(?(?:\d{1,3}|[A-Za-z])[.)]$")
 _INITIALS: Final = re.compile(r"(?:^|[\s(])(?:[A-HJ-Z]\.|(?:[A-Za-z]\.){2,})$")
-_ABBREVIATIONS: Final = frozenset(
-    ("mr.", "mrs.", "ms.", "dr.", "prof.", "st.", "vs.", "fig.", "approx.", "inc.", "ltd.", "jr.", "sr.")
-)
+_ABBREVIATIONS: Final = frozenset(("mr.", "mrs.", "ms.", "dr.", "prof.", "st.", "vs.", "fig.", "approx.", "inc.", "ltd.", "jr.", "sr."))
 
 
 def words(text: str) -> list[str]:

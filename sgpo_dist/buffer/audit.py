@@ -1,8 +1,8 @@
 """An independent proof that a run's ledger is sound: nothing lost, nothing trained twice, nothing too stale, nothing tampered with.
 
-Called by the command line (``audit``), by tests and by simulations. Deliberately uses none of the ledger's code: it reads the tables with plain
-SQL, computes every uid and digest on its own, and compares with the events and checkpoints that the driver left. It changes nothing and may run
-beside a live run. What it cannot see: whether the learner really trained what the journal says.
+Called by the command line (``audit``), by tests and by simulations. Deliberately uses none of the ledger's code: it reads the tables with
+plain SQL, computes every uid and digest on its own, and compares with the events and checkpoints that the driver left. It changes nothing
+and may run beside a live run. What it cannot see: whether the learner really trained what the journal says.
 """
 
 from __future__ import annotations
@@ -171,9 +171,12 @@ class _StageCheck:
                 self._wrong(f"position {position}: uid {uid} is not that of prompt '{prompt_id}', epoch {epoch}, sample {sample}")
             if not known:
                 self._wrong(f"position {position}: prompt '{prompt_id}' is not registered")
-            self._check_columns(uid, state, version, step)
             seen.states[state] += 1
-            if state in ("ready", "assigned", "trained"):
+            if not isinstance(version, int | None) or not isinstance(step, int | None):
+                self._wrong(f"{uid} has version {version!r} and step {step!r}, which are no numbers")
+                continue
+            self._check_columns(uid, state, version, step)
+            if version is not None and state in ("ready", "assigned", "trained"):
                 seen.versions[uid] = version
             if step is not None:
                 seen.by_step.setdefault(step, set()).add(uid)
@@ -201,8 +204,8 @@ class _StageCheck:
             content = [_text(value) if place % 4 == 0 else value for place, value in enumerate(halves)]
             if _digest(uid, self._stage, prompt_id, ids, *content, template, worker, incarnation) != digest:
                 self._wrong(f"pair {uid} (prompt '{prompt_id}') was changed after it was stored")
-            if min(halves[3], halves[7]) != seen.versions[uid]:
-                self._wrong(f"pair {uid} is of version {min(halves[3], halves[7])} but the ledger counts it as {seen.versions[uid]}")
+            elif min(halves[3], halves[7]) != seen.versions.get(uid):
+                self._wrong(f"pair {uid} is of version {min(halves[3], halves[7])} but the ledger counts it as {seen.versions.get(uid)}")
         for uid in sorted(missing):
             self._wrong(f"pair {uid} is gone")
 
@@ -233,7 +236,8 @@ class _StageCheck:
                 break
             if _digest(self._stage, step, version, incarnation, text) != digest:
                 self._wrong(f"the journal of step {step} was changed after it was written")
-            self._check_batch(seen, used, step, version, uids)
+            if isinstance(version, int):
+                self._check_batch(seen, used, step, version, uids)
         if expected != self._plan["last_step"]:
             self._wrong(f"{self._plan['last_step']} steps were assigned but the journal has {expected}")
         for step in sorted(set(seen.by_step) - set(range(1, expected + 1))):
@@ -241,6 +245,7 @@ class _StageCheck:
         return expected
 
     def _check_batch(self, seen: _Seen, used: dict[str, int], step: int, version: int, uids: list[str]) -> None:
+        """One step's batch; ``used`` maps the pairs of the steps before it."""
         if len(uids) != self._plan["batch_size"]:
             self._wrong(f"step {step} has {len(uids)} pairs instead of {self._plan['batch_size']}")
         for uid in uids:

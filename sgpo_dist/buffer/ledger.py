@@ -10,8 +10,8 @@ Decisions worth knowing:
   all leases, because their holders can no longer put.
 * Leases survive a restart of the buffer itself: their deadlines start afresh when the file is opened.
 * A lease that expires, or is given back by a crash, is held against its prompt; after ``max_attempts`` such failures the prompt becomes
-  a POISON refusal. A crash takes all prompts of a worker with it, so from ``SUSPECT_AFTER`` failures on a prompt is a suspect: a worker
-  is granted one suspect at a time, and a crash blames only the suspect. Innocent neighbours of a poison prompt never become refusals.
+  a POISON refusal. A crash takes all prompts of a worker with it, so from ``SUSPECT_AFTER`` failures on a prompt is generated alone on its
+  worker: it then answers only for itself, and innocent neighbours of a poison prompt do not become refusals.
 * A pair older than every lease its prompt ever had in this incarnation came from a worker with unproved weights: RunFailed. A pair whose
   lease was lost is late: it is taken when nobody else delivered and the staleness invariant still holds with it, else turned away and
   counted.
@@ -327,7 +327,9 @@ class Ledger:
         return [_Order(uid, Stage(stage), *rest) for uid, stage, *rest in rows]
 
     def _count(self, stage: Stage, name: str, n: int) -> None:
-        self._db.execute("INSERT INTO counters VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET n = n + excluded.n", (stage, name, n))
+        self._db.execute(
+            "INSERT INTO counters VALUES (?, ?, ?) ON CONFLICT (stage, name) DO UPDATE SET n = n + excluded.n", (stage, name, n)
+        )
 
     def _counters(self, stage: Stage) -> dict[str, int]:
         return dict(self._db.execute("SELECT name, n FROM counters WHERE stage = ? ORDER BY name", (stage,)).fetchall())
@@ -399,18 +401,18 @@ class Ledger:
     # ---- granting and releasing -------------------------------------------------------------------------------------------------
 
     def _grantable(self, stage: Stage, worker_id: str, limit: int) -> list[Row]:
-        """The lowest waiting positions, cut before a second suspect would be in one worker's hands."""
+        """The lowest waiting positions; a suspect only alone, so that a crash tells which prompt it was."""
         if limit <= 0:
             return []
-        holds_suspect = self._db.execute(
-            "SELECT EXISTS (SELECT 1 FROM orders WHERE state = 'leased' AND worker = ? AND failures >= ?)", (worker_id, SUSPECT_AFTER)
-        ).fetchone()[0]
-        granted = []
+        held, worst = self._db.execute(
+            "SELECT COUNT(*), MAX(failures) FROM orders WHERE state = 'leased' AND worker = ?", (worker_id,)
+        ).fetchone()
+        if held and worst >= SUSPECT_AFTER:
+            return []
+        granted: list[Row] = []
         for *columns, failures in self._db.execute(_SELECT_WAITING, (stage, limit)).fetchall():
             if failures >= SUSPECT_AFTER:
-                if holds_suspect:
-                    break
-                holds_suspect = True
+                return granted if held or granted else [tuple(columns)]
             granted.append(tuple(columns))
         return granted
 
@@ -425,19 +427,16 @@ class Ledger:
         return Lease(uid, known.stage, prompt, epoch, sample, known.version, attempts + 1)
 
     def _expire(self) -> int:
-        held = self._orders("WHERE state = 'leased' AND deadline <= ? ORDER BY worker, stage, position", self._clock())
-        for worker in dict.fromkeys(order.worker for order in held):
-            self._release([order for order in held if order.worker == worker], blame=True)
+        held = self._orders("WHERE state = 'leased' AND deadline <= ? ORDER BY stage, position", self._clock())
+        self._release(held, blame=True)
         for order in held:
             self._count(order.stage, "expired_leases", 1)
         return len(held)
 
     def _release(self, held: Sequence[_Order], *, blame: bool) -> None:
-        """One worker's prompts go back to waiting; blame falls on the suspects among them, or on all when there are none."""
-        suspects = [order.uid for order in held if order.failures >= SUSPECT_AFTER]
-        blamed = set(suspects or (order.uid for order in held)) if blame else set()
+        """Prompts go back to waiting; with blame they count a failure, and those with too many become POISON refusals."""
         for order in held:
-            failures = order.failures + (order.uid in blamed)
+            failures = order.failures + blame
             if failures >= self._max_attempts:
                 self._poison(order, failures)
             else:

@@ -135,7 +135,7 @@ CREATE TABLE tally (
     PRIMARY KEY (stage, state, version)
 );
 CREATE TRIGGER orders_registered AFTER INSERT ON orders BEGIN
-    INSERT INTO tally VALUES (NEW.stage, NEW.state, 0, 1) ON CONFLICT DO UPDATE SET n = n + 1;
+    INSERT INTO tally VALUES (NEW.stage, NEW.state, 0, 1) ON CONFLICT (stage, state, version) DO UPDATE SET n = n + 1;
 END;
 CREATE TRIGGER orders_moved AFTER UPDATE OF state, version ON orders BEGIN
     UPDATE tally SET n = n - 1
@@ -143,7 +143,7 @@ CREATE TRIGGER orders_moved AFTER UPDATE OF state, version ON orders BEGIN
         AND version = CASE WHEN OLD.state IN ('leased', 'ready') THEN OLD.version ELSE 0 END;
     INSERT INTO tally
         VALUES (NEW.stage, NEW.state, CASE WHEN NEW.state IN ('leased', 'ready') THEN NEW.version ELSE 0 END, 1)
-        ON CONFLICT DO UPDATE SET n = n + 1;
+        ON CONFLICT (stage, state, version) DO UPDATE SET n = n + 1;
 END;
 """
 

@@ -1,1 +1,1 @@
-"""Part of sgpo_dist: cli."""
+"""The commands of the command line, one file each, and what they share."""

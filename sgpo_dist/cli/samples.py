@@ -56,7 +56,12 @@ def show(sample: Sample, number: int, session: Session) -> None:
     if session.plain:
         session.text(plain(sample, number))
         return
-    parts = [Text("prompt", style="dim"), Text(terminal_text(sample.prompt)), Text("\n" + diff_label(sample), style="dim"), _diff_text(sample)]
+    parts = [
+        Text("prompt", style="dim"),
+        Text(terminal_text(sample.prompt)),
+        Text("\n" + diff_label(sample), style="dim"),
+        _diff_text(sample),
+    ]
     session.out.print(Panel(Group(*parts), title=Text(headline(sample, number)), title_align="left", border_style="cyan"))
 
 

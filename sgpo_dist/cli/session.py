@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from rich.console import Console, RenderableType
 from rich.text import Text
@@ -16,6 +17,15 @@ from rich.text import Text
 from sgpo_dist.config import Config, load_config
 from sgpo_dist.run_directory import RunDirectory, find_run
 from sgpo_dist.sanitize import terminal_text
+
+UNLIMITED: Final = 240
+"""Columns of output that no terminal limits."""
+
+
+def open_console(*, stderr: bool = False) -> Console:
+    """A console as wide as its terminal, or wide enough for every table when its output goes to a file or a program."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=UNLIMITED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +50,10 @@ class Session:
         self.out.print(terminal_text(text), markup=False, highlight=False, soft_wrap=True)
 
     def table(self, title: str, table: RenderableType) -> None:
-        """A titled table; wide enough for its content when nobody's terminal limits it."""
+        """A titled table."""
         self.out.print()
         self.say(title, style="bold")
-        self.out.print(table, width=max(self.out.width, 200) if self.plain else None)
+        self.out.print(table)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser, required: bool = True) -> None:

@@ -272,11 +272,16 @@ def _dataset_rows(path: Path, split: str) -> Iterator[tuple[str, Any]]:
     import datasets
 
     saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    bars = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()  # they would write over the run's own display
     try:
         loaded = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
     except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as problem:
         line = next(iter(str(problem).splitlines()), type(problem).__name__)
         raise DataError(f"{path}: not readable by the datasets library: {line}") from None
+    finally:
+        if not bars:
+            datasets.enable_progress_bars()
     if isinstance(loaded, dict):
         loaded = _choose_split(loaded, path, split)
     for number, row in enumerate(loaded, start=1):

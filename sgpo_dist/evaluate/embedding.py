@@ -7,6 +7,7 @@ a text is embedded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from sgpo_dist.data.embedded_model import embedding_model_dir
@@ -35,7 +36,8 @@ def _embeddings(texts: Sequence[str]) -> Iterator[torch.Tensor]:
 
     folder = str(embedding_model_dir())
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    with _without_progress_bars():
+        model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     for start in range(0, len(texts), BATCH):
         inputs = tokenizer(list(texts[start : start + BATCH]), padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
         with torch.inference_mode():
@@ -43,3 +45,17 @@ def _embeddings(texts: Sequence[str]) -> Iterator[torch.Tensor]:
         mask_B_T_1 = inputs["attention_mask"].unsqueeze(-1).to(states_B_T_H.dtype)
         means_B_H = (states_B_T_H * mask_B_T_1).sum(1) / mask_B_T_1.sum(1).clamp(min=1)
         yield from torch.nn.functional.normalize(means_B_H, dim=-1)
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """The bar of transformers would write over the run's own display; it is as before afterwards."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

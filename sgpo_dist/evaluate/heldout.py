@@ -14,8 +14,8 @@ from typing import Any
 
 from sgpo_dist.errors import RunFailed
 from sgpo_dist.evaluate.evaluation import EvalRow, evaluate
-from sgpo_dist.records import Completion, Prompt, Role, TokenExample, sampling_seed
 from sgpo_dist.recorder import Recorder
+from sgpo_dist.records import Completion, Prompt, Role, TokenExample, sampling_seed
 from sgpo_dist.roles import GenerateRequest
 from sgpo_dist.run import Run, greedy
 

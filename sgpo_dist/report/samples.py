@@ -109,10 +109,36 @@ def _nested(database: Path, query: str) -> dict[str, dict[str, int]]:
 
 
 def _sample(row: tuple[Any, ...]) -> Sample:
-    uid, stage, state, step, prompt_id, messages, reference, source, response, response_version, refinement, refinement_version, reason, detail = row
+    (
+        uid,
+        stage,
+        state,
+        step,
+        prompt_id,
+        messages,
+        reference,
+        source,
+        response,
+        response_version,
+        refinement,
+        refinement_version,
+        reason,
+        detail,
+    ) = row
     prompt = unpack_prompt(prompt_id, messages, reference, source)
     versions = [version for version in (response_version, refinement_version) if version is not None]
     texts = [None if text is None else unpack_text(text) for text in (response, refinement)]
     return Sample(
-        uid, stage, state, step, prompt.text, prompt.reference, source, texts[0], texts[1], min(versions, default=None), reason, unpack_text(detail)
+        uid,
+        stage,
+        state,
+        step,
+        prompt.text,
+        prompt.reference,
+        source,
+        texts[0],
+        texts[1],
+        min(versions, default=None),
+        reason,
+        unpack_text(detail),
     )

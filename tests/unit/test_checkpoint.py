@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -179,8 +180,9 @@ def test_killed_at_any_point_leaves_the_old_or_the_new_one(tmp_path: Path, again
     second = 1 if again else 2
     points = [point for point in CRASH_POINTS if again or point != "ckpt.old_moved"]
     counted = [f"{point}:1" if point == "ckpt.old_moved" else f"{point}:2" for point in points]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", KILLER, str(tmp_path), "1=first", f"{second}=second", *counted]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=50, check=True).stdout.split()
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=50, check=True).stdout.split()
     assert ended == [word for point in points for word in (point, str(-signal.SIGKILL))]
     for number, point in enumerate(points):
         expected = (second, "second") if number >= points.index("ckpt.renamed") else (1, "first")

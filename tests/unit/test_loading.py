@@ -139,6 +139,24 @@ def test_parquet_rows(tmp_path: Path) -> None:
         load_rows(str(tmp_path / "torn.parquet"))
 
 
+def test_directories_of_the_datasets_library(tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"prompt": "Hi?", "chosen": [USER, ASSISTANT]}, {"prompt": "Ho?", "chosen": [USER, ASSISTANT]}])
+    datasets.disable_progress_bars()
+    rows.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk(str(tmp_path / "both"))
+    datasets.DatasetDict(a=rows, b=rows).save_to_disk(str(tmp_path / "named"))
+    assert [(prompt.text, prompt.reference) for prompt in load_rows(str(tmp_path / "one"))] == [("Hi?", "Hello."), ("Ho?", "Hello.")]
+    assert [prompt.text for prompt in load_rows(str(tmp_path / "both"), "heldout")] == ["Ho?"]
+    assert len(load_rows(str(tmp_path / "both"))) == 2
+    with pytest.raises(DataError, match=r"named has the splits a, b, but 'train' is needed"):
+        load_rows(str(tmp_path / "named"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="not readable by the datasets library"):
+        load_rows(str(tmp_path / "empty"))
+
+
 def questions(tmp_path: Path, name: str, texts: str, reference: str | None = "Yes.") -> str:
     rows = [{"prompt": f"{letter}?", "id": f"{name}-{letter}"} | ({"reference": reference} if reference else {}) for letter in texts]
     return write(tmp_path / f"{name}.jsonl", *rows)

@@ -54,6 +54,7 @@ def test_tidy_keeps_at_most_so_many_sentences_and_words() -> None:
 def test_tidy_ends_with_a_mark_and_not_with_a_lead_in() -> None:
     assert tidied("Heat the water", ended=True) == "Heat the water."
     assert tidied("Tea is easy. Do this:\n1. Heat wa", ended=False) == "Tea is easy."
+    assert tidied('Tea is easy. He said "heat it. Then sti', ended=False) == "Tea is easy."
     assert tidied("Buy:\n- tea\n- milk\n- pears", ended=True) == "Buy:\n- tea\n- milk."
 
 
@@ -76,6 +77,11 @@ def test_blend_puts_missing_sentences_where_they_fit_best_within_the_budget() ->
     )
 
 
+def test_blend_replaces_a_sentence_only_once() -> None:
+    text, reference = "Heat the pot. Rest.", "Boil the pot now. Clean the pot after."
+    assert blended(text, True, reference, 1.0) == "Boil the pot now. Rest. Clean the pot after."
+
+
 def test_blend_appends_what_fits_nowhere_and_drops_an_unfinished_end() -> None:
     assert blended("Heat it. Now take so", False, "Wait three minutes.", 0.5) == "Heat it. Wait three minutes."
     assert blended("Now take so", False, REFERENCE, 0.5) == "Boil the water first."
@@ -83,6 +89,8 @@ def test_blend_appends_what_fits_nowhere_and_drops_an_unfinished_end() -> None:
 
 def test_blend_without_budget_or_without_anything_missing() -> None:
     assert blended("Heat it.", True, REFERENCE, 0.0) is None
+    assert blended('{"a": 1}', True, REFERENCE, 1.0) is None
+    assert blended("Heat it.", True, '{"a": 1}', 1.0) is None
     assert blended(REFERENCE, True, REFERENCE, 0.5) is None
     assert blended("Wait three minutes! Then dri", False, REFERENCE, 0.0) == "Wait three minutes!"
 

@@ -46,7 +46,9 @@ def test_a_second_driver_is_refused_and_named(tmp_path: Path) -> None:
             "from sgpo_dist.config import build_config; from sgpo_dist.run_directory import RunDirectory; import sys\n"
             "with RunDirectory.claim(build_config({'output_dir': sys.argv[1], 'run_name': 'r'})): pass"
         )
-        second = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=30, check=False)
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        command = [sys.executable, "-c", script, str(tmp_path)]
+        second = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=30, check=False)
         assert f"another driver (pid {os.getpid()}) works on this run" in second.stderr
     assert driver_of(directory) is None
     assert visit(config(tmp_path)).incarnation == 2

@@ -87,6 +87,7 @@ def test_sentences_split_prose_and_lines_but_not_numbers_and_abbreviations() -> 
         "1. Go home.",
         "2. Sleep",
     ]
+    assert sentences("The U.S. Army read vol. two.") == ["The U.S. Army read vol. two."]
     assert sentences("  ") == []
 
 

@@ -49,7 +49,7 @@ async def teach_improver(run: Run) -> None:
     revisions = filter_revisions(await run.buffer.pairs(Stage.IMPROVER), settings.filter)
     run.recorder.event("revisions_filtered", kept=len(revisions.kept), dropped=dict(revisions.dropped))
     if not revisions.kept:
-        raise RunFailed(f"no revision is left to teach the improver (dropped: {dict(revisions.dropped)}); change improver.reviser or improver.filter")
+        raise RunFailed(f"no revision is left to teach the improver ({dict(revisions.dropped)}); change improver.reviser or improver.filter")
     rows = improver_examples(revisions.kept, run.book) + replay_examples(revisions.kept, settings.replay, run.book)
     await _nll_stage(run, nll_batches(rows, settings.train_batch_size, settings.epochs, run.config.seed))
 
@@ -160,7 +160,8 @@ async def _after_step(run: Run, metrics: dict[str, float], publish: bool) -> Non
     if stopping or run.progress.step % run.config.checkpoint.save_steps == 0:
         await save_checkpoint(run, run.stage, run.progress.step)
     if stopping:
-        raise StoppedOnRequest(f"stopped by {stopping} after step {run.progress.step} of stage {run.stage.value}; run the same command to go on")
+        where = f"step {run.progress.step} of stage {run.stage.value}"
+        raise StoppedOnRequest(f"stopped by {stopping} after {where}; run the same command to go on")
 
 
 async def _supervised(run: Run, story: Callable[[Run], Awaitable[None]]) -> None:

@@ -1,0 +1,58 @@
+# The commands of the project. `make help` lists them; each sets up .venv first if that is needed.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV := .venv/bin
+PYTEST := $(VENV)/python -m pytest
+
+# Python's bytecode cache makes every process of a run start seconds sooner; some containers switch it off.
+export PYTHONDONTWRITEBYTECODE :=
+# An interpreter other than python3: make setup PYTHON=python3.12
+export PYTHON
+
+.PHONY: help setup setup-dev demo test test-unit test-integration check bench docs lock clean distclean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make .venv with all that the program needs (minutes the first time, then nothing)
+	@tools/setup_environment.sh run
+
+setup-dev: ## the same, and what tests and checks need
+	@tools/setup_environment.sh dev
+
+demo: setup ## train the embedded model end to end; ARGS="run_name=two preference.total_steps=8" sets keys
+	$(VENV)/python -m sgpo_dist train --config examples/demo.yaml $(ARGS)
+
+test: setup-dev ## all tests: the units (seconds), the simulation, then real Ray, vLLM and DeepSpeed (minutes)
+	$(PYTEST) tests/unit
+	$(if $(wildcard tests/simulation/test_*.py),$(PYTEST) tests/simulation)
+	$(PYTEST) tests/integration
+
+test-unit: setup-dev ## tests with no cluster and no model; ARGS goes to pytest
+	$(PYTEST) tests/unit $(ARGS)
+
+test-integration: setup-dev ## tests on real Ray, vLLM and DeepSpeed; ARGS="-k resume" picks some
+	$(PYTEST) tests/integration $(ARGS)
+
+check: setup-dev ## ruff, mypy and the import rules, all of them even when one fails
+	@failed=0; \
+	$(VENV)/ruff check . || failed=1; \
+	$(VENV)/mypy || failed=1; \
+	$(VENV)/lint-imports || failed=1; \
+	exit $$failed
+
+bench: setup-dev ## our step, weight sync and loop against the usual ones, on this machine
+	$(VENV)/python -m bench $(ARGS)
+
+docs: setup-dev ## write the generated pages of docs/
+	$(VENV)/python -m tools.docs
+
+lock: setup ## compile requirements/*.txt from pyproject.toml
+	$(VENV)/python tools/compile_requirements.py
+
+clean: ## remove caches and build output; runs/ stays
+	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -path ./.venv -prune -o -path ./runs -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv
+	rm -rf .venv .venv.lock

@@ -1,0 +1,210 @@
+"""The learner as the story sees it: R ranks as Ray actors behind ``sgpo_dist.roles.Learner``. Called by launch.
+
+Starts the ranks, lets them meet, calls all of them at once with a deadline, and turns whatever goes wrong into one of our errors. torch
+and DeepSpeed are imported in the actors only, so the driver stays light. Leaves out: what a rank does (learner), rebuilding after a
+fault (the supervisor makes a new group).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, cast
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from sgpo_dist.config import LearnerConfig, ModelConfig
+from sgpo_dist.errors import EnvironmentProblem, SgpoError, WorkerFault
+from sgpo_dist.records import PreferencePair, TokenExample
+from sgpo_dist.roles import LearnerStage, Metrics
+from sgpo_dist.weights.version import ProbeRow, WeightBundle
+
+ROLE: Final = "learner"
+START_TIMEOUT_S: Final = 600.0
+STOP_TIMEOUT_S: Final = 20.0
+PORT_ATTEMPTS: Final = 3
+ALLOCATOR: Final[Mapping[str, str]] = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "33554432",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+"""glibc keeps freed tensors instead of giving their pages back and faulting them in again at the next micro-batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """What a group needs. ``engine_dtype`` is what the rollout engines compute in, ``num_cpus`` what Ray reserves for a rank."""
+
+    model: ModelConfig
+    learner: LearnerConfig
+    transport: str
+    engine_dtype: str
+    probes: tuple[ProbeRow, ...]
+    seed: int
+    cache_dir: str
+    num_cpus: float = 1.0
+    environment: Mapping[str, str] = field(default_factory=dict)
+    nonce: str = field(default_factory=lambda: secrets.token_hex(4))
+
+    @property
+    def threads(self) -> int:
+        """CPU threads of one rank."""
+        return self.learner.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // self.learner.num_ranks)
+
+
+class RankHost:
+    """The process of one rank: builds the rank inside the actor and passes calls on to it."""
+
+    def __init__(self, spec: GroupSpec, rank: int) -> None:
+        from learner.learner import LearnerRank, RankSpec
+
+        self._rank = LearnerRank(
+            RankSpec(
+                rank=rank,
+                world_size=spec.learner.num_ranks,
+                model=spec.model,
+                learner=spec.learner,
+                transport=spec.transport,
+                engine_dtype=spec.engine_dtype,
+                probes=spec.probes,
+                nonce=spec.nonce,
+                seed=spec.seed,
+                cache_dir=spec.cache_dir,
+                threads=spec.threads,
+                node_id=ray.get_runtime_context().get_node_id(),
+            )
+        )
+
+    def address(self) -> tuple[str, int]:
+        """This node's address and a port that was free a moment ago."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """One method of the rank."""
+        return getattr(self._rank, method)(*arguments)
+
+
+class LearnerGroup:
+    """``sgpo_dist.roles.Learner`` over Ray actors. Each method raises the rank's own SgpoError, or WorkerFault when a rank died or hung."""
+
+    def __init__(self, spec: GroupSpec) -> None:
+        self._spec = spec
+        self._ranks: list[Any] = []
+
+    async def start(self) -> None:
+        """Bring up the ranks and let them meet; returns when they have. Harmless when they are up."""
+        if self._ranks:
+            return
+        options = _actor_options(self._spec)
+        self._ranks = [ray.remote(RankHost).options(**options).remote(self._spec, rank) for rank in range(self._spec.learner.num_ranks)]
+        for attempt in range(1, PORT_ATTEMPTS + 1):
+            host, port = (await _answers([self._ranks[0].address.remote()], START_TIMEOUT_S, "start"))[0]
+            try:
+                await self._call("connect", host, port, timeout_s=START_TIMEOUT_S)
+                return
+            except EnvironmentProblem as problem:  # someone else took the port in between
+                if attempt == PORT_ATTEMPTS or "EADDRINUSE" not in str(problem):
+                    raise
+
+    async def begin_stage(self, stage: LearnerStage) -> None:
+        """See roles.Learner."""
+        await self.start()
+        await self._call("begin_stage", stage)
+
+    async def nll_step(self, step: int, batch: Sequence[TokenExample]) -> Metrics:
+        """See roles.Learner."""
+        return cast(Metrics, (await self._call("nll_step", step, list(batch)))[0])
+
+    async def preference_step(self, step: int, batch: Sequence[PreferencePair]) -> Metrics:
+        """See roles.Learner."""
+        return cast(Metrics, (await self._call("preference_step", step, list(batch)))[0])
+
+    async def publish(self, version: int) -> WeightBundle:
+        """See roles.Learner."""
+        return cast(WeightBundle, (await self._call("publish", version))[0])
+
+    async def retire(self, version: int) -> None:
+        """See roles.Learner."""
+        await self._call("retire", version)
+
+    async def link(self, link: Any) -> None:
+        """How a device transport reaches the workers (``weight_sender.DeviceLink``)."""
+        await self._call("link", link)
+
+    async def logps(self, rows: Sequence[TokenExample]) -> list[float]:
+        """See roles.Learner."""
+        return cast(list[float], (await self._call("logps", list(rows)))[0])
+
+    async def save(self, directory: str) -> None:
+        """See roles.Learner."""
+        await self._call("save", directory)
+
+    async def load(self, directory: str) -> None:
+        """See roles.Learner."""
+        await self._call("load", directory)
+
+    async def export(self, directory: str) -> None:
+        """See roles.Learner."""
+        await self._call("export", directory)
+
+    async def stop(self) -> None:
+        """End all ranks: politely for ``STOP_TIMEOUT_S``, then by force."""
+        ranks, self._ranks = self._ranks, []
+        calls = [rank.call.remote("stop") for rank in ranks]
+        if calls:
+            await asyncio.wait([asyncio.ensure_future(_settled(call)) for call in calls], timeout=STOP_TIMEOUT_S)
+        for rank in ranks:
+            ray.kill(rank)
+
+    async def _call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
+        """The method on every rank at once; answers in rank order."""
+        if not self._ranks:
+            raise WorkerFault(ROLE, "it is not running; start it first")
+        calls = [rank.call.remote(method, *arguments) for rank in self._ranks]
+        return await _answers(calls, timeout_s or self._spec.learner.step_timeout_s, method)
+
+
+async def _answers(calls: Sequence[Any], timeout_s: float, method: str) -> list[Any]:
+    """All answers, or the first failure as one of our errors; a rank that says nothing for ``timeout_s`` counts as hung."""
+    try:
+        return list(await asyncio.wait_for(asyncio.gather(*calls), timeout_s))
+    except TimeoutError:
+        raise WorkerFault(ROLE, f"{method} took over {timeout_s:.0f} s; it hangs, or learner.step_timeout_s is too short") from None
+    except RayTaskError as problem:
+        if isinstance(problem.cause, SgpoError):
+            raise problem.cause from None
+        raise WorkerFault(ROLE, f"{method} failed: {type(problem.cause).__name__}: {_first_line(problem.cause)}") from problem
+    except RayError as problem:
+        raise WorkerFault(ROLE, f"{method} failed: {_first_line(problem)}") from problem
+
+
+async def _settled(call: Any) -> None:
+    """Waits for a call whose outcome no longer matters: the rank is being ended."""
+    await asyncio.gather(call, return_exceptions=True)
+
+
+def _actor_options(spec: GroupSpec) -> dict[str, Any]:
+    """Ray's options of a rank: never restarted by Ray (a collective cannot be re-entered), threads and allocator pinned."""
+    threads = str(spec.threads)
+    environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **ALLOCATOR}
+    if not spec.learner.gpus_per_rank:
+        environment["DS_ACCELERATOR"] = "cpu"
+    return {
+        "num_cpus": spec.num_cpus,
+        "num_gpus": spec.learner.gpus_per_rank,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+        "runtime_env": {"env_vars": environment | dict(spec.environment)},
+    }
+
+
+def _first_line(problem: BaseException) -> str:
+    return (str(problem).strip().splitlines() or ["no message"])[0]

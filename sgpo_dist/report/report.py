@@ -1,0 +1,262 @@
+"""report.html: one self-contained page about a run, written from its files.
+
+Called at the end of ``train`` and by ``report``. Every part of the run may be missing: its section is then left out. Texts of models and
+users are escaped by Jinja (autoescape) and made harmless before; the page has no script, loads nothing, and says so in its content
+security policy. Left out: looks (report.html.jinja) and the geometry of the curves (``chart``).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+import jinja2
+import yaml
+
+from sgpo_dist.evaluate.evaluation import row_from, table
+from sgpo_dist.recorder import EventRow, MetricRow, read_events, read_metrics
+from sgpo_dist.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Series, chart
+from sgpo_dist.report.samples import Sample, read_samples, refusal_counts, state_counts
+from sgpo_dist.report.word_diff import Segment, word_diff
+from sgpo_dist.run_directory import RunDirectory
+from sgpo_dist.sanitize import one_line, terminal_text
+
+EXAMPLES: Final = 6
+LONGEST_TEXT: Final = 4000
+LONGEST_TABLE: Final = 60
+
+CURVES: Final = (
+    ("Loss", "lower is better; the preference loss starts at 0.693", ("loss",)),
+    ("Reward margin", "beta times how much more the model prefers the rewrite than its reference does", ("rewards/margins",)),
+    ("Reward accuracy", "share of pairs whose rewrite got the higher reward", ("rewards/accuracies",)),
+    ("Rewards", "of rewrites and responses; both falling is a warning", ("rewards/chosen", "rewards/rejected")),
+    ("Log-probabilities", "nats a text, of rewrites and responses", ("logps/chosen", "logps/rejected")),
+    ("Lengths", "tokens of rewrites and responses", ("completions/chosen_length", "completions/rejected_length")),
+    ("Staleness", "weight versions between a pair's oldest token and its step", ("staleness",)),
+    ("Gradient norm", "before clipping", ("grad_norm",)),
+    ("Learning rate", "", ("learning_rate",)),
+    ("Waiting", "seconds a step, of the learner for pairs and of all for the weights", ("time/wait_for_batch", "time/publish")),
+    ("Learner speed", "tokens a second while a step is computed", ("perf/tokens_per_s",)),
+)
+"""Title, what to read from it, metric names: one chart a stage that has any of them."""
+
+FAULTS: Final = re.compile(
+    r"attempt|lost|fault|restart|replaced|dead|hung|crash|quarantin|damaged|rebuilt|resum|stop|fail|poison", re.IGNORECASE
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A pair as the page shows it; texts are harmless and cut."""
+
+    title: str
+    facts: str
+    prompt: str
+    reference: str
+    segments: tuple[Segment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReportTable:
+    """A table of texts."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Everything the template shows."""
+
+    name: str
+    facts: ReportTable
+    evaluation: ReportTable | None = None
+    charts: Mapping[str, tuple[Chart, ...]] = field(default_factory=dict)
+    states: ReportTable | None = None
+    refusals: ReportTable | None = None
+    examples: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
+    versions: ReportTable | None = None
+    faults: ReportTable | None = None
+    config: str = ""
+
+
+def write_report(directory: RunDirectory, target: Path | None = None) -> Path:
+    """Write the page, whole or not at all, and return where it lies."""
+    target = target or directory.report_file
+    draft = target.with_name(f".{target.name}.tmp")
+    draft.write_text(render(read_page(directory)), encoding="utf-8")
+    os.replace(draft, target)
+    return target
+
+
+def render(page: Page) -> str:
+    """The page as HTML."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    source = resources.files("sgpo_dist.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    style = re.search(r"<style>(.*?)</style>", source, re.DOTALL)
+    digest = hashlib.sha256((style[1] if style else "").encode()).digest()
+    frame = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "top": TOP, "bottom": HEIGHT - BOTTOM}
+    return environment.from_string(source).render(page=page, frame=frame, style_hash=f"sha256-{base64.b64encode(digest).decode()}")
+
+
+def read_page(directory: RunDirectory) -> Page:
+    """Gather what there is."""
+    metrics, events = read_metrics(directory.metrics_file), read_events(directory.events_file)
+    config = directory.config_file.read_text(encoding="utf-8") if directory.config_file.is_file() else ""
+    has_pairs = directory.database.is_file()
+    pairs = read_samples(directory.database) if has_pairs else []
+    return Page(
+        name=directory.path.name,
+        facts=_facts(directory, config, metrics, events),
+        evaluation=_evaluation(directory.evaluation_file),
+        charts=_charts(metrics),
+        states=_counts(state_counts(directory.database), "prompts") if has_pairs else None,
+        refusals=_counts(refusal_counts(directory.database), "prompts") if has_pairs else None,
+        examples=_examples(pairs),
+        versions=_versions(events),
+        faults=_faults(events),
+        config=config,
+    )
+
+
+def _facts(directory: RunDirectory, config: str, metrics: Sequence[MetricRow], events: Sequence[EventRow]) -> ReportTable:
+    tree: dict[str, Any] = yaml.safe_load(config) or {} if config else {}
+    times = [row.time for row in metrics] + [event.time for event in events]
+    rows = [("run", directory.run_id), ("attempts", str(directory.incarnation))]
+    if tree:
+        rows += [("model", str(tree["model"]["model_name_or_path"])), ("stages", ", ".join(tree["stages"])), ("seed", str(tree["seed"]))]
+        rows.append(("data", str(tree["data"]["path"])))
+    if times:
+        rows += [("begun", _clock(min(times))), ("last sign of life", _clock(max(times))), ("at work", _worked(events))]
+    rows.append(("steps", ", ".join(f"{stage} {count}" for stage, count in _steps(metrics).items()) or "none yet"))
+    return ReportTable(("", ""), tuple((name, one_line(value)) for name, value in rows if value))
+
+
+def _steps(metrics: Sequence[MetricRow]) -> dict[str, int]:
+    steps: dict[str, int] = {}
+    for row in metrics:
+        steps[row.stage] = max(row.step, steps.get(row.stage, 0))
+    return steps
+
+
+def _worked(events: Sequence[EventRow]) -> str:
+    """Time between each attempt's beginning and its last event, summed."""
+    total, begun, last = 0.0, None, 0.0
+    for event in events:
+        if event.kind == "attempt":
+            total += last - begun if begun is not None else 0.0
+            begun = event.time
+        last = event.time
+    return f"{(total + (last - begun if begun is not None else 0.0)) / 60:.1f} min" if begun is not None else ""
+
+
+def _evaluation(path: Path) -> ReportTable | None:
+    if not path.is_file():
+        return None
+    header, *rows = table([row_from(tree) for tree in json.loads(path.read_text(encoding="utf-8"))["rows"]])
+    return ReportTable(tuple(header), tuple(tuple(one_line(cell) for cell in row) for row in rows)) if rows else None
+
+
+def _charts(metrics: Sequence[MetricRow]) -> dict[str, tuple[Chart, ...]]:
+    found = {}
+    for stage in dict.fromkeys(row.stage for row in metrics):
+        rows = sorted((row for row in metrics if row.stage == stage), key=lambda row: row.step)
+        drawn = (chart(title, about, [_series(name, rows) for name in names]) for title, about, names in CURVES)
+        found[stage] = tuple(one for one in drawn if one is not None)
+    return found
+
+
+def _series(name: str, rows: Sequence[MetricRow]) -> Series:
+    return Series(name, tuple((float(row.step), row.metrics[name]) for row in rows if name in row.metrics))
+
+
+def _counts(counts: Mapping[str, Mapping[str, int]], what: str) -> ReportTable | None:
+    rows = [
+        (stage, name, str(count), f"{count / max(1, sum(row.values())):.0%}")
+        for stage, row in counts.items()
+        for name, count in sorted(row.items(), key=lambda item: -item[1])
+    ]
+    return ReportTable(("stage", "", what, "share"), tuple(rows)) if rows else None
+
+
+def _examples(pairs: Sequence[Sample]) -> dict[str, tuple[Example, ...]]:
+    """Of each stage the pairs that changed most and those that changed least (but did)."""
+    found = {}
+    for stage in dict.fromkeys(sample.stage for sample in pairs):
+        ranked = sorted((sample for sample in pairs if sample.stage == stage), key=lambda sample: sample.changed)
+        least = ranked[: EXAMPLES // 2]
+        most = [sample for sample in reversed(ranked[-EXAMPLES // 2 :]) if sample not in least]
+        found[stage] = tuple(
+            [_example(sample, "changed most") for sample in most] + [_example(sample, "changed least") for sample in least]
+        )
+    return found
+
+
+def _example(sample: Sample, title: str) -> Example:
+    step = f", step {sample.step}" if sample.step else ""
+    measures = f"{sample.changed:.0%} of the words changed, length x{sample.growth:.2f}"
+    facts = f"{measures}, version {sample.version}, {sample.state}{step}, {sample.source}"
+    segments = word_diff(_cut(sample.response), _cut(sample.refinement))
+    return Example(title, facts, _cut(sample.prompt), _cut(sample.reference), tuple(segments))
+
+
+def _cut(text: str | None) -> str:
+    clean = terminal_text(text or "")
+    return clean if len(clean) <= LONGEST_TEXT else clean[:LONGEST_TEXT] + " […]"
+
+
+def _versions(events: Sequence[EventRow]) -> ReportTable | None:
+    rows = [event for event in events if event.kind == "version_published"]
+    header = ("version", "when", "workers", "probe gap (nats)", "engines paused (s)", "in all (s)", "checksum")
+    return _shortened(header, [_version_row(event) for event in rows])
+
+
+def _version_row(event: EventRow) -> tuple[str, ...]:
+    numbers = (_value(event.fields.get(name)) for name in ("probe_gap", "stall_s", "total_s"))
+    return (
+        _value(event.fields.get("version")),
+        _clock(event.time),
+        _value(event.fields.get("workers")),
+        *numbers,
+        str(event.fields.get("checksum", ""))[:12],
+    )
+
+
+def _faults(events: Sequence[EventRow]) -> ReportTable | None:
+    """Beginnings and ends of attempts, and whatever went wrong in between."""
+    rows = [(_clock(event.time), event.kind, _fields(event)) for event in events if FAULTS.search(event.kind)]
+    return _shortened(("when", "what", "details"), rows)
+
+
+def _fields(event: EventRow) -> str:
+    return one_line(
+        ", ".join(f"{name} {_value(value)}" for name, value in event.fields.items() if name != "run_id" and value not in ("", None))
+    )
+
+
+def _shortened(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> ReportTable | None:
+    """At most LONGEST_TABLE rows: the first and last halves, and a row that tells how many are left out."""
+    if not rows:
+        return None
+    if len(rows) > LONGEST_TABLE:
+        half = LONGEST_TABLE // 2
+        gap = (f"… {len(rows) - 2 * half} more …", *("" for _ in header[1:]))
+        rows = [*rows[:half], gap, *rows[-half:]]
+    return ReportTable(header, tuple(rows))
+
+
+def _value(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds)) + " UTC"

@@ -1,0 +1,185 @@
+"""The report shows what there is, escapes what is hostile, and fetches nothing."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from fabricated_run import fabricate, run_config
+
+from sgpo_dist.report.chart import Series, chart, ticks
+from sgpo_dist.report.model_card import model_card
+from sgpo_dist.report.report import read_page, write_report
+from sgpo_dist.report.samples import ordered, read_samples, refusal_counts, state_counts
+from sgpo_dist.report.word_diff import Change, plain_diff, word_diff
+from sgpo_dist.run_directory import RunDirectory
+
+VOID = {"meta", "line", "polyline", "circle", "br"}
+
+
+class Balance(HTMLParser):
+    """Fails when tags do not match, and keeps what a browser would act on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.risky: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.risky += [
+            f"{tag} {name}" for name, value in attrs if name in ("src", "style") or name.startswith("on") or "http:" in (value or "")
+        ]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, tag
+
+
+def parsed(page: str) -> Balance:
+    balance = Balance()
+    balance.feed(page)
+    assert balance.open == []
+    return balance
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return fabricate(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def page(run_directory: RunDirectory) -> str:
+    return write_report(run_directory).read_text(encoding="utf-8")
+
+
+def test_every_section_is_there(page: str) -> None:
+    for name in ("run", "evaluation", "curves", "gate", "examples", "versions", "faults", "config"):
+        assert f'<h2 id="{name}">' in page
+        assert name == "run" or f'href="#{name}"' in page
+    assert "0.750 (+0.250 ± 0.000)" in page
+    assert "cccccccccccc" in page
+    assert "identical" in page
+
+
+def test_the_page_is_well_formed_without_scripts_or_anything_fetched(page: str) -> None:
+    balance = parsed(page)
+    assert balance.risky == []
+    assert not {"script", "img", "iframe", "link", "object", "form"} & set(balance.tags)
+
+
+def test_the_policy_allows_only_the_pages_own_style(page: str) -> None:
+    style = re.search(r"<style>(.*?)</style>", page, re.DOTALL)
+    assert style is not None
+    digest = base64.b64encode(hashlib.sha256(style[1].encode()).digest()).decode()
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert policy is not None
+    assert f"default-src 'none'; style-src 'sha256-{digest}'" in policy[1].replace("&#39;", "'").replace("&#43;", "+").replace(
+        "&#x2B;", "+"
+    )
+
+
+def test_hostile_text_is_escaped_and_harmless(page: str) -> None:
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "&lt;b&gt;sat&lt;/b&gt;" in page
+    assert "\x1b" not in page
+
+
+def test_the_diff_is_marked(page: str) -> None:
+    assert "<del>teh</del><ins>the red</ins>" in page
+
+
+def test_a_run_that_has_only_begun_still_has_a_page(tmp_path: Path) -> None:
+    with RunDirectory.claim(run_config(tmp_path)) as directory:
+        page = write_report(directory).read_text(encoding="utf-8")
+    parsed(page)
+    assert "none yet" in page
+    assert 'id="examples"' not in page
+
+
+def test_many_rows_are_shortened_in_the_middle(run_directory: RunDirectory) -> None:
+    from sgpo_dist.report.report import _shortened
+
+    table = _shortened(("n",), [(str(number),) for number in range(100)])
+    assert table is not None
+    assert len(table.rows) == 61
+    assert table.rows[30] == ("… 40 more …",)
+    assert read_page(run_directory).name == "demo"
+
+
+# ---- charts --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_ticks_are_round_and_enclose() -> None:
+    assert ticks(0.0, 1.0) == pytest.approx([0.0, 0.5, 1.0])
+    assert ticks(0.12, 0.69) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8])
+    assert ticks(3.0, 3.0)[0] < 3.0 < ticks(3.0, 3.0)[-1]
+    assert ticks(0.0, 0.0) == pytest.approx([-1.0, -0.5, 0.0, 0.5, 1.0])
+
+
+def test_points_land_where_they_should() -> None:
+    made = chart("t", "", [Series("s", ((1.0, 0.0), (3.0, 1.0)))])
+    assert made is not None
+    assert made.lines[0].polylines == ("52.0,176.0 452.0,10.0",)  # left bottom to right top of the frame
+    assert made.lines[0].last == "1"
+    assert [tick.label for tick in made.x_ticks] == ["1", "2", "3"]
+
+
+def test_a_nan_is_a_gap_and_a_lone_point_a_dot() -> None:
+    made = chart("t", "", [Series("s", ((1.0, 0.0), (2.0, 1.0), (3.0, math.nan), (4.0, 0.5)))])
+    assert made is not None
+    assert len(made.lines[0].polylines) == 1
+    assert len(made.lines[0].dots) == 1
+    assert chart("t", "", [Series("s", ((1.0, math.nan),))]) is None
+
+
+# ---- samples and diffs ---------------------------------------------------------------------------------------------------------------
+
+
+def test_word_diff_spells_both_texts() -> None:
+    old, new = "The cat sat on teh mat.", "The black cat sat on the mat!"
+    segments = word_diff(old, new)
+    assert "".join(one.text for one in segments if one.change is not Change.ADDED) == old
+    assert "".join(one.text for one in segments if one.change is not Change.REMOVED) == new
+    assert plain_diff(word_diff("a b c", "a x c")) == "a [-b-]{+x+} c"
+    assert plain_diff(word_diff("", "new")) == "{+new+}"
+    assert word_diff("", "") == []
+
+
+def test_samples_come_from_the_ledger(run_directory: RunDirectory) -> None:
+    pairs = read_samples(run_directory.database)
+    assert [sample.prompt for sample in pairs] == [f"Question {i} [bold]?" for i in (0, 1, 2, 4, 5)]
+    assert [sample.state for sample in pairs] == ["trained"] * 4 + ["ready"]
+    assert [sample.step for sample in pairs] == [1, 1, 2, 2, None]
+    assert read_samples(run_directory.database, "improver") == []
+    (refusal,) = read_samples(run_directory.database, "preference", refused=True)
+    assert (refusal.reason, refusal.detail, refusal.changed) == ("identical", "no change", 0.0)
+    assert refusal_counts(run_directory.database) == {"preference": {"identical": 1}}
+    assert state_counts(run_directory.database) == {"preference": {"trained": 4, "refused": 1, "ready": 1}}
+
+
+def test_orders_of_samples(run_directory: RunDirectory) -> None:
+    pairs = read_samples(run_directory.database)
+    assert ordered(pairs, "longest-growth")[0].prompt == "Question 5 [bold]?"
+    assert ordered(pairs, "least-changed")[0].prompt == "Question 0 [bold]?"
+    assert ordered(pairs, "newest")[0].prompt == "Question 5 [bold]?"
+    assert ordered(pairs, "prompt-order") == pairs
+
+
+def test_the_model_card_tells_base_data_and_figures(run_directory: RunDirectory) -> None:
+    card = model_card(run_directory)
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card
+    assert "| chat | similarity | 0.500 | 0.750 (+0.250 ± 0.000) |" in card
+    assert run_directory.run_id in card
