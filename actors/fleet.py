@@ -26,7 +26,7 @@ from actors.handles import RemoteBuffer, call
 from actors.rollout import RolloutSettings, RolloutWorker, leave
 from actors.vllm_engine import EngineSpec, VllmEngine, engine_environment
 from sgpo_dist.config import PairGateConfig
-from sgpo_dist.errors import RunFailed, SgpoError, WeightSyncError, WorkerFault
+from sgpo_dist.errors import EnvironmentProblem, RunFailed, SgpoError, WeightSyncError, WorkerFault
 from sgpo_dist.pair_gate import make_outcome
 from sgpo_dist.prompts import PromptBook, load_tokenizer
 from sgpo_dist.records import Completion, Outcome
@@ -100,7 +100,7 @@ class RestartPolicy:
 
 
 def share_cores(cores: Sequence[int], index: int, workers: int) -> tuple[int, ...]:
-    """Worker ``index``'s part of a machine's cores, contiguous and as equal as can be; all of them when there are fewer cores than workers."""
+    """Worker ``index``'s part of a machine's cores, contiguous and as equal as can be; all of them when workers outnumber cores."""
     if workers > len(cores):
         return tuple(cores)
     return tuple(cores[index * len(cores) // workers : (index + 1) * len(cores) // workers])
@@ -190,6 +190,9 @@ class RayFleet:
         self._policy = RestartPolicy(spec.max_restarts)
         self._live: dict[int, _Member] = {}
         self._rebuilds: dict[int, asyncio.Task[None]] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
+        self._was_live = False
         self._launched = 0
         self._count = 0
         self._bundle: WeightBundle | None = None
@@ -197,7 +200,10 @@ class RayFleet:
         self._task: GenerationTask | None = None
 
     async def start(self, count: int) -> None:
-        """Bring up ``count`` workers side by side. Raises EnvironmentProblem when an engine cannot start here, RunFailed when they keep dying."""
+        """Bring up ``count`` workers side by side.
+
+        Raises EnvironmentProblem when an engine cannot start here, RunFailed when workers keep dying.
+        """
         await self.scale(count)
         await self._settled(lambda: len(self._live) == self._count)
 
@@ -238,22 +244,21 @@ class RayFleet:
         began = self._clock()
         while len(answers) < len(requests):
             if self._clock() - began > self._spec.generate_timeout_s:
-                raise RunFailed(f"{len(requests) - len(answers)} of {len(requests)} requests had no answer in {self._spec.generate_timeout_s:g} s")
+                missing = len(requests) - len(answers)
+                raise RunFailed(f"{missing} of {len(requests)} requests had no answer within {self._spec.generate_timeout_s:g} s")
             await self._settled(lambda: bool(self._live))
             owed = [number for number in range(len(requests)) if number not in answers]
             members = list(self._live.values())
-            await asyncio.gather(*(
-                self._attempt(member, self._ask(member, requests, [owed[i] for i in part], answers))
-                for member, part in zip(members, spread(len(owed), len(members)), strict=True)
-                if part
-            ))
+            parts = zip(members, spread(len(owed), len(members)), strict=True)
+            rounds = (self._attempt(member, self._ask(member, requests, [owed[i] for i in part], answers)) for member, part in parts)
+            await asyncio.gather(*rounds)
         return [answers[number] for number in range(len(requests))]
 
     async def supervise(self) -> None:
         """Watch heartbeats, replace workers; returns only by raising (a crash loop, bad data, a fenced run) or by cancellation."""
         while True:
             await self._sleep(self._spec.heartbeat_every_s)
-            self._raise_failed_rebuilds()
+            self._raise_failure()
             await asyncio.gather(*(self._attempt(member, self._check(member)) for member in list(self._live.values())))
 
     async def stats(self) -> list[WorkerStats]:
@@ -324,13 +329,20 @@ class RayFleet:
     def _pause_after_crash(self, worker: Worker, reason: str) -> float:
         delay = self._policy.crashed()
         if delay is None:
-            raise RunFailed(
-                f"rollout workers crashed {self._policy.crashes} times without making a pair; the last was {worker.worker_id}: {reason}{worker.last_words()}"
-            )
+            times = f"rollout workers crashed {self._policy.crashes} times without making a pair"
+            raise RunFailed(f"{times}; the last was {worker.worker_id}: {reason}{worker.last_words()}")
         return delay
 
     def _rebuild(self, index: int, delay: float) -> None:
-        self._rebuilds[index] = asyncio.create_task(self._bring_up(index, delay))
+        task = asyncio.create_task(self._bring_up(index, delay))
+        self._rebuilds[index] = task
+        self._background.add(task)
+        task.add_done_callback(self._rebuild_ended)
+
+    def _rebuild_ended(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._failure = self._failure or task.exception()
 
     async def _bring_up(self, index: int, delay: float) -> None:
         """Start a worker for a place until one lives: started, on the version of the moment, on the task of the moment."""
@@ -340,31 +352,31 @@ class RayFleet:
             began = self._clock()
             member = _Member(index, self._launch(f"rollout-{index}.{self._spec.attempt}.{self._launched}", index, self._count))
             try:
-                await self._ready(member)
-            except (WorkerFault, WeightSyncError) as problem:
-                delay = await self._start_failed(member, _reason(problem))
-            except BaseException:
+                await member.worker.start()
+                await self._hand_weights(member)
+            except SgpoError as problem:
+                if not self._worth_another(problem):
+                    member.worker.kill()
+                    raise
+                await self._bury(member.worker, _reason(problem))
+                delay = self._pause_after_crash(member.worker, _reason(problem))
+            except asyncio.CancelledError:
                 member.worker.kill()
                 raise
             else:
                 self._on_event("worker_started", worker=member.worker.worker_id, seconds=round(self._clock() - began, 1))
-                return
+                return await self._go_live(member)
 
-    async def _ready(self, member: _Member) -> None:
-        """Started, then weights, then live, then the task. Nothing awaits between the last look at the version and going live."""
-        await member.worker.start()
-        await self._hand_weights(member)
+    async def _go_live(self, member: _Member) -> None:
+        """Nothing awaits between the last look at the version and this: from here on ``publish`` reaches the worker. Then it may lease."""
+        del self._rebuilds[member.index]
         self._live[member.index] = member
-        try:
-            await self._hand_task(member)
-        except BaseException:
-            self._live.pop(member.index, None)
-            raise
-        self._rebuilds.pop(member.index, None)
+        self._was_live = True
+        await self._attempt(member, self._hand_task(member))
 
-    async def _start_failed(self, member: _Member, reason: str) -> float:
-        await self._bury(member.worker, reason)
-        return self._pause_after_crash(member.worker, reason)
+    def _worth_another(self, problem: SgpoError) -> bool:
+        """Whether a start that failed may succeed next time. What this machine lacks from the beginning, it will lack again."""
+        return isinstance(problem, WorkerFault | WeightSyncError) or (isinstance(problem, EnvironmentProblem) and self._was_live)
 
     async def _dismiss(self, index: int) -> None:
         """End the worker of a place in good order, or by force."""
@@ -385,17 +397,16 @@ class RayFleet:
     # ---- waiting ----------------------------------------------------------------------------------------------------------------------
 
     async def _settled(self, done: Callable[[], bool]) -> None:
-        """Until ``done``; woken by finished rebuilds, which are bounded by their start deadline and the restart budget. Raises what ended one."""
+        """Until ``done``. Woken by finished rebuilds, which their start deadline and the restart budget bound. Raises what ended one."""
         while not done():
-            self._raise_failed_rebuilds()
+            self._raise_failure()
             if not self._rebuilds:
                 raise RunFailed("no rollout worker is left and none is being started")
             await asyncio.wait(list(self._rebuilds.values()), timeout=self._spec.start_timeout_s, return_when=asyncio.FIRST_COMPLETED)
 
-    def _raise_failed_rebuilds(self) -> None:
-        for task in list(self._rebuilds.values()):
-            if task.done() and not task.cancelled() and task.exception() is not None:
-                raise task.exception()  # type: ignore[misc]
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
 
 def _reason(problem: SgpoError) -> str:
@@ -474,7 +485,7 @@ class RayWorker:
         await call(self.handle.stop.remote(), self.worker_id, STOP_S)
 
     def kill(self) -> None:
-        """Ray kills the actor, and its engine follows it; on this machine the processes are also killed by number, which reaches a stopped one."""
+        """Ray kills the actor and its engine follows; on this machine all are also killed by number, which reaches a stopped one."""
         ray.kill(self.handle, no_restart=True)
         for pid, created in self.processes:
             _kill_exactly(pid, created)
@@ -485,9 +496,20 @@ class RayWorker:
 
 
 class RolloutActor:
-    """The process of one rollout worker: its log file, its environment, its parts. Ray makes it; vLLM is imported in ``start``, not before."""
+    """The process of one rollout worker: its log file, its environment, its parts. Ray makes it.
+
+    Nothing that can fail happens before ``start``, because Ray hides what a constructor raises; vLLM is not imported before it either.
+    """
+
+    _engine: VllmEngine
+    _worker: RolloutWorker
 
     def __init__(self, spec: WorkerSpec, buffer: RemoteBuffer) -> None:
+        self._spec = spec
+        self._buffer = buffer
+
+    def _assemble(self) -> None:
+        spec = self._spec
         log_to_file(log_path(spec.fleet.log_dir, spec.worker_id), spec.fleet.engine.log_level)
         fleet = spec.fleet
         engine_spec = replace(fleet.engine, worker_id=spec.worker_id, stuck_s=fleet.request_timeout_s)
@@ -499,7 +521,7 @@ class RolloutActor:
         self._worker = RolloutWorker(
             RolloutSettings(spec.worker_id, engine_spec.max_model_len, fleet.tolerance, fleet.concurrency, fleet.lease_s),
             self._engine,
-            buffer,
+            self._buffer,
             PromptBook(load_tokenizer(engine_spec.model_dir), fleet.template),
             partial(gated_outcome, fleet.gate),
             leave,
@@ -507,6 +529,7 @@ class RolloutActor:
 
     async def start(self) -> tuple[str, list[tuple[int, float]]]:
         """Start the engine; the node's id, and (pid, creation time) of every process that must end with this worker."""
+        self._assemble()
         await self._worker.start()
         mine = [os.getpid(), *await self._engine.pids()]
         return ray.get_runtime_context().get_node_id(), [(pid, psutil.Process(pid).create_time()) for pid in mine]
@@ -522,6 +545,22 @@ class RolloutActor:
     async def receive(self, bundle: WeightBundle) -> WeightProof:
         """See RolloutWorker."""
         return await self._worker.receive(bundle)
+
+    async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """See VllmEngine; these four are what ``handles.WeightClient`` calls."""
+        await self._engine.init_weight_transfer_engine(init_info)
+
+    async def start_weight_update(self) -> None:
+        """See VllmEngine."""
+        await self._engine.start_weight_update()
+
+    async def update_weights(self, update_info: dict[str, Any]) -> None:
+        """See VllmEngine."""
+        await self._engine.update_weights(update_info)
+
+    async def finish_weight_update(self) -> None:
+        """See VllmEngine."""
+        await self._engine.finish_weight_update()
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """See RolloutWorker."""

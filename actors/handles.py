@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import ray
 from ray import exceptions
 
 from sgpo_dist.errors import SgpoError, WorkerFault
@@ -37,7 +38,7 @@ class Unavailable(WorkerFault):
 async def call(ref: Awaitable[T], role: str, timeout: float) -> T:
     """The result of a remote call, within ``timeout`` seconds. Raises WorkerFault for a lost or hung actor, our own errors as they were."""
     try:
-        return await asyncio.wait_for(ref, timeout)  # type: ignore[arg-type]
+        return await asyncio.wait_for(ref, timeout)
     except (exceptions.RayError, SgpoError) as problem:  # before TimeoutError: what timed out over there is Ray's error here
         raise mapped(problem, role) from None
     except TimeoutError:
@@ -170,7 +171,7 @@ async def through_outages(
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     jitter: Callable[[], float] = random.random,
 ) -> T:
-    """The first answer of ``attempt``, repeated while the actor is away: after 0.1, 0.2, 0.4 ... 5 s, each spread by half, for ``outage_s``."""
+    """The first answer of ``attempt``, repeated while the actor is away: after 0.1, 0.2 ... 5 s, each spread by half, for ``outage_s``."""
     began = clock()
     delay = 0.1
     while True:
@@ -181,3 +182,49 @@ async def through_outages(
                 raise WorkerFault(problem.role, f"away for more than {outage_s:g} s") from None
             await sleep(delay * (0.5 + jitter()))
             delay = min(2 * delay, 5.0)
+
+
+class WeightClient:
+    """What vLLM's trainer engines drive the workers with: its four methods, synchronous, over the rollout actors. Lives in the learner.
+
+    ``gpus_per_engine`` counts the ranks of one engine: with "nccl" the first engine's start at 1 (0 is the sender), the next one's after
+    them. Every call waits at most ``timeout_s`` for all workers and raises WorkerFault for the first that fails.
+    """
+
+    def __init__(self, handles: Sequence[Any], gpus_per_engine: int = 1, timeout_s: float = 300.0) -> None:
+        self._handles = list(handles)
+        self._gpus_per_engine = gpus_per_engine
+        self._timeout_s = timeout_s
+
+    def __reduce__(self) -> tuple[type[WeightClient], tuple[Any, ...]]:
+        return WeightClient, (self._handles, self._gpus_per_engine, self._timeout_s)
+
+    def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
+        """Meet the sender; each engine is told where its ranks begin."""
+        infos = init_infos(init_info, len(self._handles), self._gpus_per_engine)
+        self._gather([handle.init_weight_transfer_engine.remote(info) for handle, info in zip(self._handles, infos, strict=True)])
+
+    def start_weight_update(self) -> None:
+        """Freeze requests, prepare layers."""
+        self._gather([handle.start_weight_update.remote() for handle in self._handles])
+
+    def update_weights(self, update_info: Mapping[str, Any]) -> None:
+        """Take tensors."""
+        self._gather([handle.update_weights.remote(dict(update_info)) for handle in self._handles])
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Finish layers, go on."""
+        self._gather([handle.finish_weight_update.remote() for handle in self._handles])
+
+    def _gather(self, refs: list[Any]) -> None:
+        try:
+            ray.get(refs, timeout=self._timeout_s)
+        except exceptions.RayError as problem:
+            raise mapped(problem, "rollout workers") from None
+
+
+def init_infos(init_info: Mapping[str, Any], engines: int, gpus_per_engine: int) -> list[dict[str, Any]]:
+    """The hand-shake for each engine; only "nccl"'s has ranks, which follow one another."""
+    if "rank_offset" not in init_info:
+        return [dict(init_info)] * engines
+    return [{**init_info, "rank_offset": init_info["rank_offset"] + index * gpus_per_engine} for index in range(engines)]

@@ -50,7 +50,7 @@ class OutcomeMaker(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RolloutSettings:
-    """``concurrency`` prompts in flight; ``lease_s`` is the buffer's, renewed three times in it; ``tolerance`` bounds the proof's mean gap in nats.
+    """``concurrency`` prompts in flight; ``lease_s`` is the buffer's, renewed thrice in it; ``tolerance`` (nats) bounds the proof's gap.
 
     ``poll_s`` is how often an idle worker asks for prompts, ``gather_s`` how long an outcome waits for company before a put.
     """
@@ -118,7 +118,7 @@ class RolloutWorker:
         await _cancel(self._loops)
         if left:
             await self._put(task, left)
-        await self._buffer.give_back(task.incarnation, self._settings.worker_id)
+        await self._buffer.give_back(task.incarnation, self._settings.worker_id, crashed=False)
 
     async def receive(self, bundle: WeightBundle) -> WeightProof:
         """Take and prove a version while prompts run. No outcome is put between the first new byte and the proof.
@@ -283,7 +283,8 @@ class RolloutWorker:
         room = min(how.max_new_tokens, self._settings.max_model_len - len(ids))
         if room < min(MIN_ROOM, how.max_new_tokens):
             return None
-        return GenerateRequest(f"{lease.uid}-{role}-{lease.attempt}", ids, replace(how, max_new_tokens=room), sampling_seed(lease.uid, role))
+        name = f"{lease.uid}-{role}-{lease.attempt}"
+        return GenerateRequest(name, ids, replace(how, max_new_tokens=room), sampling_seed(lease.uid, role))
 
     async def _ask(self, request: GenerateRequest) -> Completion:
         answer = await self._mortal(self._engine.generate(request))

@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from sgpo_dist.errors import EnvironmentProblem, WeightSyncError, WorkerFault
 from sgpo_dist.records import Completion, FinishReason
 from sgpo_dist.roles import GenerateRequest, Sampling
+from sgpo_dist.weights.checksum import checksum_tensors
 from sgpo_dist.weights.version import ProbeRow, WeightBundle, WeightProof
 
 ROLE = "engine"
@@ -24,14 +25,15 @@ OWNER_VARIABLE = "SGPO_ENGINE_OWNER_PID"
 _DIGEST_TIMEOUT_S = 120.0
 _TOKENS_BETWEEN_SIGNS = 16  # a running request shows that it lives this often, and costs nothing in between
 _GIB = 1 << 30
+_SAFETENSORS_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
     """Everything an engine needs to know, as plain values.
 
-    ``transport`` is shm, nccl or ipc. ``cpu_cores`` are the cores of a CPU engine (None: all this process may use). ``kv_cache_gib`` bounds a CPU
-    engine's KV cache, ``gpu_memory_utilization`` a GPU engine's memory. ``probes`` are scored after each received version.
+    ``transport`` is shm, nccl or ipc. ``cpu_cores`` are the cores of a CPU engine (None: all this process may use). ``kv_cache_gib`` bounds
+    a CPU engine's KV cache, ``gpu_memory_utilization`` a GPU engine's memory. ``probes`` are scored after each received version.
     ``engine_kwargs`` go to vLLM unchanged and win over everything here. With requests in flight and no token for ``stuck_s`` the engine
     counts as hung. ``repack_tied_head`` is for one regression test only.
     """
@@ -99,6 +101,9 @@ class VllmEngine:
         self._running = 0
         self._last_token = clock()
         self._broken = ""
+        self._digest = ""
+        self._paused_at = 0.0
+        self._stall_s = 0.0
 
     @property
     def version(self) -> int:
@@ -116,14 +121,9 @@ class VllmEngine:
         except (RuntimeError, ValueError, OSError) as problem:
             raise EnvironmentProblem(f"vLLM did not start on {self._spec.model_dir}: {_first_line(problem)}") from None
         if self._spec.transport == "shm":
-            await self._init_transfer()
+            from actors.weight_receiver import shm_init_info
 
-    async def _init_transfer(self) -> None:
-        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
-
-        from actors.weight_receiver import shm_init_info
-
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(shm_init_info(self._spec.repack_tied_head)))
+            await self.init_weight_transfer_engine(shm_init_info(self._spec.repack_tied_head))
 
     async def generate(self, request: GenerateRequest) -> Completion:
         """One completion; its version is the one that was current when it began, even if a newer one arrived before its end.
@@ -136,9 +136,7 @@ class VllmEngine:
         version = self._version
         output = await self._run(request.request_id, request.prompt_ids, params)
         answer = output.outputs[0]
-        return Completion(
-            text=answer.text, token_ids=tuple(answer.token_ids), finish_reason=finish_reason(answer.finish_reason), version=version
-        )
+        return Completion(text=answer.text, token_ids=tuple(answer.token_ids), finish_reason=finish_reason(answer.finish_reason), version=version)
 
     async def logps(self, rows: Sequence[ProbeRow]) -> tuple[tuple[float, ...], ...]:
         """Per-token log-probs (nats, temperature 1) of each row's completion under the live weights; the prefix cache is not read."""
@@ -164,8 +162,8 @@ class VllmEngine:
         self._running += 1
         output = None
         try:
-            async for output in self._llm.generate(tokens_input(list(prompt_ids)), params, request_id):
-                self._last_token = self._clock()
+            async for newest in self._llm.generate(tokens_input(list(prompt_ids)), params, request_id):
+                output, self._last_token = newest, self._clock()
         except (EngineDeadError, EngineGenerateError) as problem:
             raise WorkerFault(ROLE, f"vLLM's engine process died: {_first_line(problem)}") from None
         finally:
@@ -174,50 +172,82 @@ class VllmEngine:
             raise WorkerFault(ROLE, f"request {request_id} ended without an answer")
         return output
 
-    async def receive(self, bundle: WeightBundle) -> WeightProof:
-        """Take a version in flight. Requests that run keep running on the new weights, with their cache computed anew.
+    # ---- weights ----------------------------------------------------------------------------------------------------------------
 
-        The bytes are digested while tokens still flow; the stall is pause to resume. The engine goes on only when the digest is the
-        bundle's; the version counts only after the probes were scored. Raises WeightSyncError for other bytes, WorkerFault for a
-        dead engine; after either the engine refuses everything, because its weights may be half of each. The caller's deadline bounds it.
+    async def receive(self, bundle: WeightBundle) -> WeightProof:
+        """Take a version in flight and prove it. Requests that run keep running on the new weights, with their cache computed anew.
+
+        A shared-memory version is read here; a device's was brought by the learner's sender through the four methods below before this is
+        called. The version counts only after the probes were scored. Raises WeightSyncError for other bytes, WorkerFault for a dead
+        engine; after either the engine refuses everything, because its weights may be half of each. The caller's deadline bounds it.
         """
         async with self._receiving:
             began = self._clock()
-            try:
-                checksum, stall_s = await self._swap(bundle)
-            except BaseException as problem:
-                self._broken = f"version {bundle.version} was not taken whole: {_first_line(problem)}"
-                raise
+            if bundle.transport == "shm":
+                await self._whole(self._read(bundle))
+            if self._digest != bundle.checksum:
+                self._broken = f"it holds other weights than were published as version {bundle.version}"
+                raise WeightSyncError(f"{self._spec.worker_id} read other bytes for version {bundle.version} than were published")
             probe_logps = await self.logps(self._spec.probes)
             self._version = bundle.version
             total_s = self._clock() - began
-            return WeightProof(self._spec.worker_id, bundle.version, checksum, probe_logps, stall_s, total_s)
+            return WeightProof(self._spec.worker_id, bundle.version, self._digest, probe_logps, self._stall_s, total_s)
 
-    async def _swap(self, bundle: WeightBundle) -> tuple[str, float]:
-        """Pause, load, compare, resume; returns the digest and the stall in seconds. After a failure nothing is resumed."""
-        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
-        from vllm.v1.engine.exceptions import EngineDeadError
-
+    async def _read(self, bundle: WeightBundle) -> None:
+        """The learner's part of "shm" played here. The file is digested while tokens still flow; other bytes are never resumed on."""
         from actors.weight_receiver import shm_update_info
 
+        await self._llm.collective_rpc("sgpo_start_digest", args=(bundle.uri,))
+        await self.start_weight_update()
+        await self.update_weights(shm_update_info(bundle.uri))
+        self._digest = _agreed(await self._llm.collective_rpc("sgpo_digest", args=(_DIGEST_TIMEOUT_S,)))
+        if self._digest == bundle.checksum:
+            await self.finish_weight_update()
+
+    async def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
+        """First of the four steps that vLLM's trainer engines drive: meet the sender."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(dict(init_info)))
+
+    async def start_weight_update(self) -> None:
+        """Second step: freeze requests where they are, forget the prefix cache, prepare the layers."""
         self._refuse_if_broken()
+        self._paused_at = self._clock()
+        self._digest = ""
+        await self._whole(self._llm.pause_generation(mode="keep", clear_cache=True))
+        await self._whole(self._llm.start_weight_update())
+
+    async def update_weights(self, update_info: Mapping[str, Any]) -> None:
+        """Third step, as often as there are chunks: take tensors. A device's are digested by name, type and shape only."""
+        from actors.weight_receiver import plain_update_info
+
+        await self._whole(self._llm.collective_rpc("sgpo_update", args=(plain_update_info(update_info),)))
+        if "dtype_names" in update_info:
+            self._digest = metadata_digest(update_info)
+
+    async def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Last step: finish the layers and let the frozen requests go on."""
+        await self._whole(self._llm.finish_weight_update(weight_version))
+        await self._whole(self._llm.resume_generation())
+        self._stall_s = self._clock() - self._paused_at
+
+    async def _whole(self, step: Awaitable[Any]) -> None:
+        """One step of an update; if it fails, or is given up, the weights may be half of each and nothing is generated any more."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         try:
-            await self._llm.collective_rpc("sgpo_start_digest", args=(bundle.uri,))
-            paused = self._clock()
-            await self._llm.pause_generation(mode="keep", clear_cache=True)
-            await self._llm.start_weight_update()
-            await self._llm.update_weights(WeightTransferUpdateRequest(shm_update_info(bundle.uri)))
-            await self._llm.finish_weight_update(str(bundle.version))
-            checksum = _agreed(await self._llm.collective_rpc("sgpo_digest", args=(_DIGEST_TIMEOUT_S,)))
-            if checksum != bundle.checksum:
-                raise WeightSyncError(f"{self._spec.worker_id} read other bytes for version {bundle.version} than were published")
-            await self._llm.resume_generation()
+            await step
         except EngineDeadError as problem:
             raise WorkerFault(ROLE, f"vLLM's engine process died: {_first_line(problem)}") from None
-        return checksum, self._clock() - paused
+        except BaseException as problem:
+            self._broken = f"a version was not taken whole: {_first_line(problem)}"
+            raise
+
+    # ---- life ---------------------------------------------------------------------------------------------------------------------
 
     async def check(self) -> None:
-        """Returns when the engine core answers. Raises WorkerFault when it is dead, broken, or has requests and no token for ``stuck_s``."""
+        """Returns when the engine core answers. Raises WorkerFault when it is dead, broken, or silent for ``stuck_s`` with requests."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         self._refuse_if_broken()
@@ -304,6 +334,12 @@ def _load(spec: EngineSpec) -> Any:
 
     arguments = {"worker_extension_cls": EXTENSION, "weight_transfer_config": transfer_config(spec.transport)} | engine_arguments(spec)
     return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+
+
+def metadata_digest(update_info: Mapping[str, Any]) -> str:
+    """The digest of names, types and shapes, in name order: what can be said of tensors whose bytes never pass through the host."""
+    rows = sorted(zip(update_info["names"], update_info["dtype_names"], update_info["shapes"], strict=True))
+    return checksum_tensors((name, _SAFETENSORS_TYPES.get(dtype, dtype), tuple(shape), b"") for name, dtype, shape in rows)
 
 
 def _agreed(digests: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,7 @@ SHM = "shm"
 EXTENSION = "actors.weight_receiver.ReceiverExtension"
 OWNER_VARIABLE = "SGPO_ENGINE_OWNER_PID"
 _OWNER_POLL_S = 5.0
+_CLASS_NAMES: Mapping[type, str] = {torch.Tensor: "Tensor", torch.nn.Parameter: "Parameter", torch.UntypedStorage: "UntypedStorage"}
 
 
 # ---- what is asked of each transport ---------------------------------------------------------------------------------------------
@@ -79,11 +80,46 @@ def ipc_init_info(packed: bool = False) -> dict[str, Any]:
     return {"packed": packed}
 
 
-def ipc_update_info(tensors: Sequence[tuple[str, str, Sequence[int]]], handles: Sequence[Mapping[str, tuple[Any, ...]]]) -> dict[str, Any]:
-    """One version of "ipc": as for "nccl", and a handle a tensor (GPU uuid -> arguments that rebuild it). Never pickled."""
-    if len(handles) != len(tensors):
-        raise ValueError(f"ipc needs one handle a tensor: {len(handles)} handles for {len(tensors)} tensors")
-    return {**nccl_update_info(tensors), "ipc_handles": [dict(handle) for handle in handles]}
+def plain_update_info(update_info: Mapping[str, Any]) -> dict[str, Any]:
+    """A version's update info with CUDA handles as plain values, so that it reaches the worker without vLLM's insecure pickling.
+
+    A handle is the arguments of torch's ``rebuild_cuda_tensor``: types and dtypes among numbers and bytes. They go by name.
+    """
+    plain = dict(update_info)
+    if plain.get("ipc_handles") is not None:
+        plain["ipc_handles"] = _each_handle(plain["ipc_handles"], _named)
+    return plain
+
+
+def revived_update_info(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of ``plain_update_info``, in the worker. Only names of dtypes and of the three classes that torch uses there are known."""
+    info = dict(plain)
+    if info.get("ipc_handles") is not None:
+        info["ipc_handles"] = _each_handle(info["ipc_handles"], _unnamed)
+    return info
+
+
+def _each_handle(handles: Any, change: Callable[[Any], Any]) -> Any:
+    if isinstance(handles, Mapping):
+        return {uuid: tuple(change(value) for value in arguments) for uuid, arguments in handles.items()}
+    return [_each_handle(handle, change) for handle in handles]
+
+
+def _named(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    return {"class": _CLASS_NAMES[value]} if isinstance(value, type) else tuple(value) if isinstance(value, torch.Size) else value
+
+
+def _unnamed(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    if "class" in value:
+        return {name: kind for kind, name in _CLASS_NAMES.items()}[value["class"]]
+    dtype = getattr(torch, value["dtype"], None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"no tensor type is called '{value['dtype']}'")
+    return dtype
 
 
 # ---- our transport ---------------------------------------------------------------------------------------------------------------
@@ -121,7 +157,7 @@ class ShmReceiver(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
 
     def receive_weights(self, update_info: ShmUpdateInfo) -> None:
         """Load the file. The tensors are views of a mapping that lives as long as they do: a layer may keep them until it is complete."""
-        self.model.load_weights(named_tensors(update_info.uri))  # type: ignore[operator]
+        self.model.load_weights(named_tensors(update_info.uri))
 
     def finish_weight_update(self) -> None:
         """Finish every layer; then pack a tied head again, which got no weights of its own and would keep the old ones packed."""
@@ -168,6 +204,10 @@ class ReceiverExtension:
     def sgpo_digest(self, timeout_s: float) -> str:
         """The digest of what ``sgpo_start_digest`` read; waits at most ``timeout_s``."""
         return self._sgpo_reading.result(timeout_s)
+
+    def sgpo_update(self, plain: dict[str, Any]) -> None:
+        """vLLM's ``update_weights`` for an update info that travelled as plain values."""
+        self.update_weights(revived_update_info(plain))  # type: ignore[attr-defined]
 
     def sgpo_pids(self) -> list[int]:
         """This worker's process and its parent (the engine core, where that is another process), for logs and tests."""

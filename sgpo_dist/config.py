@@ -47,8 +47,8 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """The one model that plays both roles."""
 
-    model_name_or_path: str = Field("embedded", description="A Hugging Face directory or hub name; 'embedded' is SmolLM2-135M-Instruct from a package.")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Type of the weights the learner computes in; bfloat16 keeps fp32 master weights.")
+    model_name_or_path: str = Field("embedded", description="A directory or hub name; 'embedded' is SmolLM2-135M-Instruct from a package.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Type the learner computes in; bfloat16 keeps fp32 master weights.")
     trust_remote_code: bool = Field(False, description="Run code shipped with the model; needs a pinned revision.")
     revision: str | None = Field(None, description="Commit hash of the hub model.")
     lora: LoraConfig = Field(default_factory=LoraConfig, description="Low-rank adapters.")
@@ -63,9 +63,9 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where prompts and references come from: built-in names (orders, chat), JSONL or Parquet files, or datasets directories."""
 
-    path: str | list[str] = Field("orders", description="Prompts; rows that have a reference feed the sft and improver stages. Comma list allowed.")
+    path: str | list[str] = Field("orders", description="Prompts; rows with a reference feed the sft and improver stages. Comma list allowed.")
     heldout_path: str | list[str] | None = Field(None, description="Held-out rows with references; built-in sets bring their own.")
-    prompts_path: str | list[str] | None = Field(None, description="Prompts of the preference stage; default: rows of path without a role in earlier stages.")
+    prompts_path: str | list[str] | None = Field(None, description="Prompts of the preference stage; default: rows of path earlier stages leave.")
     input_key: str | None = Field(None, description="Column of the prompt when it is neither 'prompt' nor 'messages'.")
     reference_key: str | None = Field(None, description="Column of the reference when it is neither 'reference' nor 'chosen'.")
     max_prompt_tokens: Positive = Field(512, description="Longer prompts are refused at start, naming file and line.")
@@ -96,7 +96,7 @@ class FilterConfig(Section):
 class ImproverConfig(Section):
     """Stage 1: build revisions, filter them, teach the improver role."""
 
-    reviser: ReviserName | dict[str, ReviserName] = Field("tidy", description="Who revises drafts; or one name per data source, with 'default'.")
+    reviser: ReviserName | dict[str, ReviserName] = Field("tidy", description="Who revises drafts; or a name per data source, with 'default'.")
     repair: str = Field("", description="'module:function' of (draft, reference, prompt) -> revised text or None, for reviser 'repair'.")
     max_rows: Positive | None = Field(None, description="Draft at most this many prompts.")
     epochs: Positive = Field(1, description="Passes over the revisions.")
@@ -117,7 +117,7 @@ class PairGateConfig(Section):
     max_length_ratio: float = Field(2.5, gt=1, description="Refuse a refinement longer than this multiple of the response.")
     require_eos: bool = Field(True, description="The chosen text must end by itself.")
     allow_truncated_rejected: bool = Field(True, description="A response cut at the token limit may be the rejected half.")
-    max_reference_overlap: Share = Field(0.9, description="Refuse a refinement whose words are the reference's to this share, when the response's are not.")
+    max_reference_overlap: Share = Field(0.9, description="Refuse a refinement that is the reference to this share of its words.")
 
 
 class PreferenceConfig(Section):
@@ -152,7 +152,7 @@ class RolloutConfig(Section):
     num_rollout_workers: Positive = Field(1, description="How many engines.")
     tensor_parallel_size: Positive = Field(1, description="GPUs of one engine.")
     concurrency: Positive = Field(64, description="Prompts in flight on one worker.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Type of the engine's weights; auto: float32 on CPU, model.dtype on GPU.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="Engine's type; auto: float32 on CPU, model.dtype on GPU.")
     max_model_len: Positive = Field(1024, description="Context of the engine in tokens.")
     gpu_memory_utilization: Share = Field(0.85, description="vLLM's share of a GPU's memory.")
     kv_cache_gib: float = Field(1.0, gt=0, description="CPU engines: memory for the KV cache.")
@@ -189,7 +189,7 @@ class LearnerConfig(Section):
 class WeightsConfig(Section):
     """How versions travel to the workers and are proved."""
 
-    transport: Literal["auto", "shm", "nccl", "ipc"] = Field("auto", description="auto: shm on CPU, ipc when learner and engine share a GPU, else nccl.")
+    transport: Literal["auto", "shm", "nccl", "ipc"] = Field("auto", description="auto: shm on CPU, ipc on a shared GPU, else nccl.")
     weight_sync_interval: Positive = Field(1, description="Optimiser steps between published versions.")
     num_probes: Positive = Field(4, description="Fixed probe prompts whose log-probs must agree.")
     probe_tolerance: float | None = Field(None, gt=0, description="Mean |log-prob gap| allowed in nats; default 2e-3 for float32, 6e-2 for bfloat16.")

@@ -66,9 +66,7 @@ def filter_revisions(pairs: Sequence[PreferencePair], settings: FilterConfig) ->
 
 def improver_examples(pairs: Sequence[PreferencePair], book: PromptBook) -> list[TokenExample]:
     """IMPROVE(prompt, draft) -> revision; the reference is not in the prompt."""
-    return [
-        TokenExample(f"improve/{pair.uid}", book.improver_ids(pair.prompt, pair.response.text), pair.refinement.token_ids) for pair in pairs
-    ]
+    return [TokenExample(f"improve/{pair.uid}", book.improver_ids(pair.prompt, pair.response.text), pair.refinement.token_ids) for pair in pairs]
 
 
 def replay_examples(pairs: Sequence[PreferencePair], kind: str, book: PromptBook) -> list[TokenExample]:

@@ -28,9 +28,10 @@ from sgpo_dist.checkpoint import Checkpoint, CheckpointStore, crash_point
 from sgpo_dist.config import Config
 from sgpo_dist.data.embedded_model import default_cache_root, embedded_model_dir
 from sgpo_dist.data.loading import Corpus, check_lengths, load_corpus
-from sgpo_dist.errors import ConfigError, EnvironmentProblem
+from sgpo_dist.errors import ConfigError, DataError, EnvironmentProblem
 from sgpo_dist.prompts import PromptBook, load_tokenizer
 from sgpo_dist.recorder import Recorder
+from sgpo_dist.report.model_card import model_card
 from sgpo_dist.run import FINISHED, Progress, Run
 from sgpo_dist.run_directory import RunDirectory
 from sgpo_dist.story import train
@@ -57,22 +58,30 @@ class RunResult:
 def run_training(config: Config, resume: str = "auto") -> RunResult:
     """Train to the end, or to a stop on request. Raises SgpoError; resuming is calling it again."""
     with RunDirectory.claim(config, resume) as directory:
-        store = _store(config, directory)
-        checkpoint = store.latest()
-        if checkpoint is not None and Progress.from_facts(checkpoint.facts).stage == FINISHED and (directory.path / "model").is_dir():
-            progress = Progress.from_facts(checkpoint.facts)
+        warnings: list[str] = []
+        store = _store(config, directory, warnings.append)
+        checkpoint = store.latest() if resume in ("auto", "never") else store.load(Path(resume))
+        progress = Progress.from_facts(checkpoint.facts) if checkpoint else Progress(config.stages[0])
+        if progress.stage == FINISHED and directory.model.is_dir():
             return RunResult(directory.path, progress.global_step, progress.version, already_finished=True)
         with Recorder.open(config, directory) as recorder, ray_session(config, directory):
-            return asyncio.run(_run(config, directory, store, checkpoint, recorder))
+            for warning in warnings:
+                recorder.message(warning)
+            return asyncio.run(_run(config, directory, store, progress, checkpoint, recorder))
 
 
-async def _run(config: Config, directory: RunDirectory, store: CheckpointStore, checkpoint: Checkpoint | None, recorder: Recorder) -> RunResult:
+async def _run(
+    config: Config, directory: RunDirectory, store: CheckpointStore, progress: Progress, checkpoint: Checkpoint | None, recorder: Recorder
+) -> RunResult:
     parts: list[Callable[[], Awaitable[None]]] = []
     try:
-        run = await _assemble(config, directory, store, checkpoint, recorder, parts)
+        run = await _assemble(config, directory, recorder, store, progress, checkpoint, parts)
+        if checkpoint:
+            recorder.message(f"resuming from {checkpoint.path.name}: stage {progress.stage}, step {progress.step}, version {progress.version}")
         _stop_on_signals(run)
         await train(run)
-        _leave_model(run)
+        _leave_model(run.last_model(), directory)
+        directory.mark_finished()
         return RunResult(run.directory, run.progress.global_step, run.progress.version)
     finally:
         for stop in reversed(parts):
@@ -82,17 +91,21 @@ async def _run(config: Config, directory: RunDirectory, store: CheckpointStore, 
 async def _assemble(
     config: Config,
     directory: RunDirectory,
-    store: CheckpointStore,
-    checkpoint: Checkpoint | None,
     recorder: Recorder,
+    store: CheckpointStore,
+    progress: Progress,
+    checkpoint: Checkpoint | None,
     parts: list[Callable[[], Awaitable[None]]],
 ) -> Run:
     """Everything a run needs; what was started is in ``parts``, to be stopped in reverse order even when this fails half-way."""
     initial_model = model_directory(config)
-    book = PromptBook(load_tokenizer(initial_model, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code), config.rollout.template)
+    book = PromptBook(
+        load_tokenizer(initial_model, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code), config.rollout.template
+    )
     corpus = load_corpus(config.data, config.seed)
+    require_rows(config, corpus)
     check_lengths(corpus, book, config.data.max_prompt_tokens)
-    progress = Progress.from_facts(checkpoint.facts) if checkpoint else Progress(config.stages[0])
+    recorder.event("data", references=len(corpus.references), prompts=len(corpus.prompts), heldout=len(corpus.heldout), dropped=corpus.dropped)
     start_model = initial_model if progress.stage == config.stages[0] else directory.stage_model(_stage_before(config, progress.stage))
     placement = place(config)
     handle, incarnation = await _start_buffer(directory, parts)
@@ -137,10 +150,27 @@ def model_directory(config: Config) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, revision=config.model.revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]))
+        return Path(
+            snapshot_download(name, revision=config.model.revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"])
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as problem:
         line = str(problem).splitlines()[0]
         raise ConfigError(f"model.model_name_or_path '{name}' is neither a directory nor a model that the hub gives: {line}") from None
+
+
+def require_rows(config: Config, corpus: Corpus) -> None:
+    """Raises DataError when a configured stage has nothing to work on, or too few prompts to fill one batch."""
+    needs_references = [stage for stage in config.stages if stage != "preference"]
+    if needs_references and not corpus.references:
+        raise DataError(
+            f"stage '{needs_references[0]}' needs rows with a reference and data.path has none; add a 'reference' column or leave the stage out"
+        )
+    tries = len(corpus.prompts) * config.preference.samples_per_prompt * config.preference.epochs
+    if "preference" in config.stages and tries < config.learner.train_batch_size:
+        raise DataError(
+            f"stage 'preference' has {len(corpus.prompts)} prompts, fewer than one batch of {config.learner.train_batch_size} pairs; "
+            "give more prompts (data.prompts_path) or lower learner.train_batch_size"
+        )
 
 
 def probe_rows(corpus: Corpus, book: PromptBook, count: int) -> tuple[ProbeRow, ...]:
@@ -149,15 +179,14 @@ def probe_rows(corpus: Corpus, book: PromptBook, count: int) -> tuple[ProbeRow, 
     return tuple(ProbeRow(book.policy_ids(prompt), book.completion_ids(prompt.reference or prompt.text)[:48]) for prompt in prompts)
 
 
-def _leave_model(run: Run) -> None:
-    """The last stage's model becomes ``model/``: a copy beside, then one rename."""
-    source = run.last_model()
-    draft = run.directory / ".model.tmp"
+def _leave_model(source: Path, directory: RunDirectory) -> None:
+    """The last stage's model becomes ``model/``, with its card: a copy beside, then one rename."""
+    draft = directory.path / ".model.tmp"
     shutil.rmtree(draft, ignore_errors=True)
     shutil.copytree(source, draft)
-    target = run.directory / "model"
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(draft, target)
+    (draft / "README.md").write_text(model_card(directory), encoding="utf-8")
+    shutil.rmtree(directory.model, ignore_errors=True)
+    os.replace(draft, directory.model)
 
 
 def _stop_on_signals(run: Run) -> None:
@@ -224,10 +253,14 @@ def ray_session(config: Config, directory: RunDirectory) -> Iterator[None]:
 def _require_gpus(config: Config) -> None:
     if not config.learner.gpus_per_rank:
         return
-    needed = config.learner.gpus_per_rank * config.learner.num_ranks + config.rollout.num_rollout_workers * config.rollout.tensor_parallel_size
+    learner = config.learner.gpus_per_rank * config.learner.num_ranks
+    engines = config.rollout.num_rollout_workers * config.rollout.tensor_parallel_size
+    needed = max(learner, engines) if config.learner.gpus_per_rank < 1 else learner + engines
     there = ray.cluster_resources().get("GPU", 0.0)
     if there < needed:
-        raise EnvironmentProblem(f"the run asks for {needed:g} GPUs and the cluster has {there:g}; lower learner.num_ranks or rollout.num_rollout_workers")
+        raise EnvironmentProblem(
+            f"the run asks for {needed:g} GPUs and the cluster has {there:g}; lower learner.num_ranks or rollout.num_rollout_workers"
+        )
 
 
 async def _start_buffer(directory: RunDirectory, parts: list[Callable[[], Awaitable[None]]]) -> tuple[Any, int]:
@@ -307,12 +340,13 @@ def fleet_spec(config: Config, directory: RunDirectory, placement: Placement, pr
     )
 
 
-def _store(config: Config, directory: RunDirectory) -> CheckpointStore:
+def _store(config: Config, directory: RunDirectory, warn: Callable[[str], None]) -> CheckpointStore:
     return CheckpointStore(
         directory.checkpoints,
         run_id=directory.run_id,
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
         min_free_bytes=int(config.cluster.min_free_disk_gib * 2**30),
+        warn=warn,
         crash_point=crash_point(os.environ),
     )

@@ -60,6 +60,7 @@ async def optimise_preferences(run: Run) -> None:
     await enter_stage(run, settings.total_steps)
     await run.buffer.open_stage(run.incarnation, _preference_plan(run), run.corpus.prompts, run.progress.version)
     await run.fleet.begin(_generation_task(run, Stage.PREFERENCE))
+    run.recorder.status(stage=run.stage.value, total=settings.total_steps, doing="training on own pairs")
     while run.progress.step < settings.total_steps:
         waited = time.monotonic()
         batch = await run.buffer.assign(run.incarnation, Stage.PREFERENCE, run.progress.step + 1)  # recorded before it is trained on
@@ -116,6 +117,7 @@ async def save_checkpoint(run: Run, settled: Stage, step: int) -> None:
     await run.buffer.backup(str(draft / "buffer.db"))
     await asyncio.to_thread(run.store.commit, draft, run.progress.global_step, run.progress.facts())
     await run.buffer.commit(run.incarnation, settled, step)
+    await asyncio.to_thread(run.store.prune)
     run.recorder.event("checkpoint", step=run.progress.global_step)
 
 
@@ -135,6 +137,7 @@ async def finish_stage(run: Run) -> None:
 
 async def _nll_stage(run: Run, batches: Sequence[tuple[TokenExample, ...]]) -> None:
     await enter_stage(run, len(batches))
+    run.recorder.status(stage=run.stage.value, total=len(batches), doing="training")
     for step in range(run.progress.step + 1, len(batches) + 1):
         metrics = dict(await run.learner.nll_step(step, batches[step - 1]))
         run.moved(step=step, global_step=run.progress.global_step + 1)
@@ -145,6 +148,7 @@ async def _collect_revisions(run: Run) -> None:
     settings = run.config.improver
     plan = StagePlan(Stage.IMPROVER, run.config.seed, batch_size=1, lease_s=run.config.rollout.lease_s)
     await run.buffer.open_stage(run.incarnation, plan, run.corpus.references[: settings.max_rows], run.progress.version)
+    run.recorder.status(stage=run.stage.value, total=0, doing="drafting and revising")
     await run.fleet.begin(_generation_task(run, Stage.IMPROVER))
     await run.buffer.wait_exhausted(Stage.IMPROVER)
     await run.fleet.end()

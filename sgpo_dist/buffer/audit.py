@@ -75,7 +75,7 @@ def audit_run(run_dir: Path) -> AuditReport:
         raise ConfigError(f"{run_dir} has no buffer.db to audit: give the directory of a run that has begun")
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=30, isolation_level=None)) as db:
-            report = audit_database(db)
+            report = _audited(db)
             others = [*_event_problems(db, run_dir / "events.jsonl"), *_checkpoint_problems(db, run_dir / "checkpoints")]
     except sqlite3.DatabaseError as problem:
         return AuditReport((), (f"buffer.db cannot be read: {problem}",))
@@ -83,7 +83,13 @@ def audit_run(run_dir: Path) -> AuditReport:
 
 
 def audit_database(db: sqlite3.Connection) -> AuditReport:
-    """Audit an open database alone, in one consistent picture."""
+    """Audit an open database alone."""
+    report = _audited(db)
+    return AuditReport(report.stages, _shortened(report.problems))
+
+
+def _audited(db: sqlite3.Connection) -> AuditReport:
+    """Every problem in one consistent picture."""
     db.execute("BEGIN")
     try:
         names = [row[0] for row in db.execute("SELECT stage FROM stages ORDER BY rowid")]
@@ -93,7 +99,7 @@ def audit_database(db: sqlite3.Connection) -> AuditReport:
         for check in checks:
             rows.append(check.row())
             problems += check.problems
-        return AuditReport(tuple(rows), _shortened(problems))
+        return AuditReport(tuple(rows), tuple(problems))
     finally:
         db.execute("COMMIT")
 

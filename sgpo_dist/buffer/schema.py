@@ -157,10 +157,14 @@ def open_database(path: str, synchronous: str = "FULL") -> sqlite3.Connection:
         raise ValueError(f"synchronous must be one of {SYNCHRONOUS}, not {synchronous!r}")
     with mapped_errors(path):
         db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None, uri=path.startswith("file:"))
-        db.execute("PRAGMA journal_mode = WAL")
-        db.execute("PRAGMA synchronous = " + synchronous)
-        db.execute("PRAGMA foreign_keys = ON")
-        _create_or_check(db, path)
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = " + synchronous)
+            db.execute("PRAGMA foreign_keys = ON")
+            _create_or_check(db, path)
+        except BaseException:
+            db.close()
+            raise
     return db
 
 

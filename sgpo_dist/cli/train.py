@@ -73,7 +73,7 @@ def show_result(directory: Path, already_finished: bool, session: Session) -> No
     run_directory = open_run(directory)
     if already_finished:
         session.say(
-            f"run '{directory.name}' is finished; nothing to do (raise preference.total_steps to go on, or set run_name= for another run)"
+            f"run '{directory.name}' is finished; nothing to do (set run_name= for another run)"
         )
     report = write_report(run_directory)
     show_evaluation(run_directory.evaluation_file, session)

@@ -165,7 +165,7 @@ def _interleave(groups: Sequence[Sequence[_Row]], seed: int) -> list[_Row]:
     placed = []
     for number, group in enumerate(groups):
         rows = list(group)
-        random.Random(f"{seed}/{number}").shuffle(rows)  # noqa: S311 an order, no secret
+        random.Random(f"{seed}/{number}").shuffle(rows)
         placed += [((place + 0.5) / len(rows), number, row) for place, row in enumerate(rows)]
     return [row for _, _, row in sorted(placed, key=lambda entry: entry[:2])]
 

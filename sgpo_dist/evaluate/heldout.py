@@ -6,6 +6,7 @@ Called by the story at each stage's end. Workers generate (greedy), the learner 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sgpo_dist.errors import RunFailed
-from sgpo_dist.evaluate.evaluation import EvalRow, evaluate
+from sgpo_dist.evaluate.evaluation import EvalRow, evaluate, row_from, row_tree
 from sgpo_dist.recorder import Recorder
 from sgpo_dist.records import Completion, Prompt, Role, TokenExample, sampling_seed
 from sgpo_dist.roles import GenerateRequest
@@ -32,7 +33,8 @@ async def evaluate_heldout(run: Run, model: str) -> list[EvalRow]:
     responses = await _answer(run, model, Role.POLICY, [run.book.policy_ids(prompt) for prompt in prompts])
     drafts = [run.book.improver_ids(prompt, response.text) for prompt, response in zip(prompts, responses, strict=True)]
     refinements = await _answer(run, model, Role.IMPROVER, drafts)
-    rows = evaluate(model, prompts, responses, refinements, await _reference_logps(run, prompts))
+    logps = await _reference_logps(run, prompts)
+    rows = await asyncio.to_thread(evaluate, model, prompts, responses, refinements, logps)  # embeds on the CPU for seconds
     write_rows(path, [*read_rows(path), *rows])
     for row in rows:
         run.recorder.event("evaluated", model=model, source=row.source, **row.figures)
@@ -42,7 +44,9 @@ async def evaluate_heldout(run: Run, model: str) -> list[EvalRow]:
 def improver_verdict(rows: Sequence[EvalRow], gate: str, recorder: Recorder) -> None:
     """Does the improver's rewrite beat its draft on held-out prompts? Records it; raises RunFailed when ``gate`` is 'stop' and it does not."""
     for row in rows:
-        better, worse = row.figures.get("improver_better", 0.0), row.figures.get("improver_worse", 0.0)
+        if "improver_better" not in row.figures:  # held-out rows without references cannot be judged
+            continue
+        better, worse = row.figures["improver_better"], row.figures["improver_worse"]
         recorder.event("improver_gate", source=row.source, better=better, worse=worse, passed=better > worse)
         if better > worse or gate == "off":
             continue
@@ -57,12 +61,12 @@ def read_rows(path: Path) -> list[EvalRow]:
     if not path.is_file():
         return []
     tree: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return [EvalRow(row["model"], row["source"], row["figures"], row["n"]) for row in tree["rows"]]
+    return [row_from(row) for row in tree["rows"]]
 
 
 def write_rows(path: Path, rows: Sequence[EvalRow]) -> None:
     """Write all rows at once, replacing the file."""
-    tree = {"rows": [{"model": row.model, "source": row.source, "n": row.n, "figures": dict(row.figures)} for row in rows]}
+    tree = {"rows": [row_tree(row) for row in rows]}
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(tree, indent=1), encoding="utf-8")
     os.replace(draft, path)

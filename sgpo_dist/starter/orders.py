@@ -177,7 +177,7 @@ def _mended(kept: Mapping[str, Any], wrong: list[str], truth: Mapping[str, Any])
 
 
 def _orders(seed: int) -> Iterator[Order]:
-    rng = random.Random(seed)  # noqa: S311  (data, not secrets)
+    rng = random.Random(seed)
     while True:
         yield _order(rng)
 

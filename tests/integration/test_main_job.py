@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -19,32 +20,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = (
-    "stages=[preference]",
-    "model.dtype=float32",
-    "data.path=chat",
-    "data.max_prompts=24",
-    "data.max_heldout=2",
-    "data.max_prompt_tokens=128",
-    "preference.total_steps=4",
-    "preference.max_staleness=0",
-    "preference.learning_rate=2e-5",
-    "preference.pair_gate.require_eos=false",
-    "rollout.max_model_len=384",
-    "rollout.policy.max_new_tokens=12",
-    "rollout.improver.max_new_tokens=12",
-    "rollout.concurrency=8",
-    "learner.train_batch_size=2",
-    "checkpoint.save_steps=2",
-    "cluster.min_free_disk_gib=1",
-    "eval.enabled=false",
-    "logging.progress=plain",
-)
+CONFIG = Path(__file__).parent / "smoke.yaml"
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(560)]
 
 
 def command(name: str, output: Path) -> list[str]:
-    return [sys.executable, "-m", "sgpo_dist", "train", *SETTINGS, f"run_name={name}", f"output_dir={output}"]
+    return [sys.executable, "-m", "sgpo_dist", "train", "--config", str(CONFIG), f"run_name={name}", f"output_dir={output}"]
 
 
 def weights_sha256(run: Path) -> str:
@@ -68,19 +49,33 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output / "whole"
 
 
-def test_every_pair_was_made_by_the_current_version_and_trained_once(uninterrupted: Path) -> None:
+def test_one_pairs_walk(uninterrupted: Path) -> None:
+    """From lease to trained: its prompt, both halves with their ids and version, the batch it was recorded in, the version that batch made."""
     database = sqlite3.connect(f"file:{uninterrupted / 'buffer.db'}?mode=ro", uri=True)
-    tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type='table'")}
-    assert tables
+    states = dict(database.execute("SELECT state, COUNT(*) FROM orders GROUP BY state").fetchall())
+    assert states["trained"] == 8  # 4 steps of 2 pairs
+    trained = database.execute("SELECT step, uid FROM orders WHERE state = 'trained' ORDER BY step, position").fetchall()
+    assert [step for step, _ in trained] == [1, 1, 2, 2, 3, 3, 4, 4]
     published = events(uninterrupted, "version_published")
     assert [event["version"] for event in published] == [0, 1, 2, 3, 4]
     assert all(event["probe_gap"] < 2e-3 for event in published), published
     assert len({event["checksum"] for event in published}) == 5  # every step moved the weights
+    metrics = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    assert [row["staleness"] for row in metrics] == [0, 0, 0, 0]
+    assert metrics[0]["loss"] == pytest.approx(0.693147, abs=1e-5)  # policy == reference at step 1: -log sigmoid(0)
 
 
-def test_audit_accepts_the_run(uninterrupted: Path) -> None:
-    done = subprocess.run([sys.executable, "-m", "sgpo_dist", "audit", str(uninterrupted)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+def audit(run: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "sgpo_dist", "audit", str(run)], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_audit_accepts_the_run_and_catches_a_changed_row(uninterrupted: Path, tmp_path: Path) -> None:
+    done = audit(uninterrupted)
     assert done.returncode == 0, done.stdout + done.stderr
+    copy = shutil.copytree(uninterrupted, tmp_path / "copy")
+    with sqlite3.connect(copy / "buffer.db") as database:
+        database.execute("UPDATE orders SET step = 1 WHERE state = 'trained' AND step = 2")
+    assert audit(copy).returncode == 4
 
 
 def test_a_finished_run_says_so_and_does_nothing(uninterrupted: Path) -> None:

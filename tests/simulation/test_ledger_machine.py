@@ -139,5 +139,5 @@ class LedgerMachine(RuleBasedStateMachine):
 
 TestLedgerMachine = pytest.mark.simulation(LedgerMachine.TestCase)
 TestLedgerMachine.settings = settings(
-    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True
+    max_examples=40, stateful_step_count=40, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True
 )

@@ -337,3 +337,9 @@ def test_doctor_finds_old_compile_locks(tmp_path: Path) -> None:
     assert list(stale_locks({"TORCH_EXTENSIONS_DIR": str(tmp_path)}, born + 60)) == []
     (check,) = stale_locks({"TORCH_EXTENSIONS_DIR": str(tmp_path)}, born + 3600)
     assert f"rm {lock}" in check.remedy
+
+
+def test_the_page_of_the_command_line_names_every_command_and_exit_code() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert [command for command in COMMANDS if f"| `{command}" not in page] == []
+    assert [code for code in (0, 2, 3, 4, 5) if f"\n| {code} |" not in page] == []

@@ -14,7 +14,10 @@ from rich.console import Console
 from sgpo_dist.config import Config, build_config
 from sgpo_dist.display import PlainDisplay, RichDisplay, SilentDisplay, Status, duration, open_display, panel, step_line
 from sgpo_dist.errors import EnvironmentProblem
-from sgpo_dist.recorder import Recorder, open_tracker, read_events, read_metrics, waits_line
+from sgpo_dist.evaluate.evaluation import DISPLAY_ORDER
+from sgpo_dist.recorder import SHOWN_METRICS, WAIT_METRICS, Recorder, open_tracker, read_events, read_metrics, waits_line
+from sgpo_dist.records import RefusalReason
+from sgpo_dist.report.report import CURVES
 from sgpo_dist.run_directory import RunDirectory
 
 
@@ -301,3 +304,9 @@ def test_wandb_continues_its_run_after_a_resume(tmp_path: Path) -> None:
     assert first.asked["resume"] == "allow"
     assert first.axes == [("sft/*", "sft/step")]
     assert first.logged == [{"sft/step": 2, "sft/loss": 1.5}, {"finished": True}]
+
+
+def test_the_metrics_page_explains_what_is_shown_and_drawn() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    named = {*SHOWN_METRICS, *WAIT_METRICS, *(metric for _, _, metrics in CURVES for metric in metrics), *DISPLAY_ORDER, *RefusalReason}
+    assert sorted(name for name in named if f"`{name}`" not in page) == []

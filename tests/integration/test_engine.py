@@ -1,0 +1,337 @@
+"""The engine on real vLLM with the embedded model: new weights taken in flight compute what transformers computes with them.
+
+One engine serves all tests of the file (its start takes most of the time), one more lives in a process of its own that is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import pytest
+
+from actors.vllm_engine import EngineSpec, VllmEngine, engine_environment
+from sgpo_dist.data.embedded_model import embedded_model_dir
+from sgpo_dist.errors import WeightSyncError
+from sgpo_dist.prompts import PromptBook, load_tokenizer
+from sgpo_dist.records import Completion, FinishReason, Message, Prompt
+from sgpo_dist.roles import GenerateRequest, Sampling
+from sgpo_dist.weights.checksum import checksum_safetensors
+from sgpo_dist.weights.version import ProbeRow, WeightBundle, check_proof, mean_abs_gap
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(240)]
+
+ROOT = Path(__file__).parents[2]
+GREEDY = Sampling(0.0, 1.0, 0, 24)
+WARM = Sampling(0.9, 0.95, 0, 32)
+TOLERANCE = 2e-3
+T = TypeVar("T")
+Run = Callable[[Awaitable[T]], T]
+
+
+def questions(count: int) -> list[Prompt]:
+    return [
+        Prompt(f"q{i}", (Message("user", f"Tell me in a few sentences what the number {i} is used for in daily life, please."),))
+        for i in range(count)
+    ]
+
+
+def probes_of(book: PromptBook) -> tuple[ProbeRow, ...]:
+    texts = ("The capital of France is Paris.", "Seven is a lucky number in many countries, and a week has seven days.")
+    return tuple(ProbeRow(book.policy_ids(prompt), book.completion_ids(text)) for prompt, text in zip(questions(2), texts, strict=True))
+
+
+@dataclass
+class Reference:
+    """The same model in transformers, and files of its weights as the learner's sender would write them."""
+
+    model: Any
+    probes: tuple[ProbeRow, ...]
+    folder: Path
+
+    def perturbed(self, seed: int) -> None:
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * parameter.std() * 0.05)
+
+    def logps(self) -> tuple[tuple[float, ...], ...]:
+        import torch
+
+        rows = []
+        for row in self.probes:
+            with torch.no_grad():
+                logps = torch.log_softmax(self.model(torch.tensor([row.prompt_ids + row.completion_ids])).logits[0], dim=-1)
+            first = len(row.prompt_ids) - 1
+            rows.append(tuple(logps[first + i, token].item() for i, token in enumerate(row.completion_ids)))
+        return tuple(rows)
+
+    def bundle(self, version: int) -> WeightBundle:
+        from safetensors.torch import save_file
+
+        tensors = {name: tensor.contiguous() for name, tensor in self.model.state_dict().items() if name != "lm_head.weight"}
+        path = self.folder / f"v{version}.safetensors"
+        save_file(tensors, path)
+        size = path.stat().st_size
+        return WeightBundle(version, "shm", str(path), "node", checksum_safetensors(str(path)), size, tuple(sorted(tensors)), self.logps())
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run[Any]]:
+    """One event loop for the file: an engine lives in the loop it was started in."""
+    loop = asyncio.new_event_loop()
+    yield lambda work: loop.run_until_complete(asyncio.wait_for(work, 200))
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
+
+
+@pytest.fixture(scope="module")
+def book() -> PromptBook:
+    return PromptBook(load_tokenizer(embedded_model_dir()))
+
+
+@pytest.fixture(scope="module")
+def reference(book: PromptBook, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32)
+    return Reference(model.eval(), probes_of(book), tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def engine(run: Run[Any], reference: Reference) -> Iterator[VllmEngine]:
+    spec = EngineSpec(str(embedded_model_dir()), max_model_len=512, kv_cache_gib=0.5, probes=reference.probes, max_num_seqs=64, log_level="WARNING")
+    before = dict(os.environ)
+    os.environ.update(engine_environment(spec))
+    started = VllmEngine(spec)
+    run(started.start())
+    run(started.receive(reference.bundle(0)))
+    yield started
+    run(started.stop())
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def request(book: PromptBook, prompt: Prompt, seed: int, how: Sampling, name: str) -> GenerateRequest:
+    return GenerateRequest(name, book.policy_ids(prompt), how, seed)
+
+
+async def together(engine: VllmEngine, requests: list[GenerateRequest]) -> list[Completion]:
+    return list(await asyncio.gather(*(engine.generate(one) for one in requests)))
+
+
+def test_answers_end_with_the_end_token_in_the_ids_and_without_it_in_the_text(run: Run[Any], engine: VllmEngine, book: PromptBook) -> None:
+    prompt = Prompt("france", (Message("user", "What is the capital of France?"),))
+    answer = run(engine.generate(request(book, prompt, 0, GREEDY, "france")))
+    assert answer.text == "The capital of France is Paris."
+    assert answer.finish_reason is FinishReason.STOP
+    assert answer.token_ids[-1] == book.eos_id
+    assert answer.token_ids == book.completion_ids(answer.text)
+    cut = run(engine.generate(request(book, prompt, 0, Sampling(0.0, 1.0, 0, 3), "france-cut")))
+    assert (cut.finish_reason, cut.token_ids) == (FinishReason.LENGTH, answer.token_ids[:3])
+
+
+def test_log_probs_after_a_sync_are_transformers_own(run: Run[Any], engine: VllmEngine, reference: Reference) -> None:
+    before = run(engine.logps(reference.probes))
+    assert mean_abs_gap(before, reference.logps()) < TOLERANCE
+    for version in (1, 2):  # twice: the second finds what the first left behind
+        reference.perturbed(version)
+        bundle = reference.bundle(version)
+        assert mean_abs_gap(before, bundle.probe_logps) > 0.05  # the new weights are far enough away for the test to mean something
+        proof = run(engine.receive(bundle))
+        assert check_proof(bundle, proof, TOLERANCE) < 1e-4
+        assert 0.0 < proof.stall_s < proof.total_s
+        assert engine.version == version
+
+
+def test_without_packing_the_tied_head_again_the_proof_fails(run: Run[Any], engine: VllmEngine, reference: Reference) -> None:
+    from actors.weight_receiver import shm_init_info
+
+    reference.perturbed(3)
+    bundle = reference.bundle(3)
+    run(engine.init_weight_transfer_engine(shm_init_info(repack_tied_head=False)))
+    stale = run(engine.receive(bundle))
+    assert stale.checksum == bundle.checksum  # the bytes are right; only the log-probs tell
+    with pytest.raises(WeightSyncError, match="computes other log-probs"):
+        check_proof(bundle, stale, TOLERANCE)
+    run(engine.init_weight_transfer_engine(shm_init_info()))
+    assert check_proof(bundle, run(engine.receive(bundle)), TOLERANCE) < 1e-4
+
+
+def test_the_prefix_cache_does_not_touch_log_probs(run: Run[Any], engine: VllmEngine, book: PromptBook, reference: Reference) -> None:
+    fresh = run(engine.logps(reference.probes))
+    run(together(engine, [GenerateRequest(f"warm-{i}", row.prompt_ids, WARM, i) for i, row in enumerate(reference.probes)]))
+    again = run(engine.logps(reference.probes))
+    assert [len(row) for row in again] == [len(row.completion_ids) for row in reference.probes]
+    assert mean_abs_gap(fresh, again) < 1e-5
+
+
+def test_same_seed_and_version_give_the_same_answer_alone_and_in_a_crowd(run: Run[Any], engine: VllmEngine, book: PromptBook) -> None:
+    """The crowd's prompts together exceed one prefill budget: cut into chunks, seeded requests kill vLLM's CPU worker."""
+    prompts = questions(64)
+    assert sum(len(book.policy_ids(prompt)) for prompt in prompts) > 2048
+    alone = [run(engine.generate(request(book, prompts[i], 100 + i, WARM, f"alone-{i}"))) for i in (0, 5)]
+    crowd = run(together(engine, [request(book, prompt, 100 + i, WARM, f"crowd-{i}") for i, prompt in enumerate(prompts)]))
+    assert [crowd[i].token_ids for i in (0, 5)] == [answer.token_ids for answer in alone]
+    assert len({answer.token_ids for answer in crowd}) > 60  # seeds and prompts do differ
+
+
+def test_requests_in_flight_survive_an_update_and_keep_their_older_stamp(
+    run: Run[Any], engine: VllmEngine, book: PromptBook, reference: Reference
+) -> None:
+    version = engine.version
+    long = Sampling(1.2, 1.0, 0, 64)
+    bundle = reference.bundle(version + 1)
+
+    async def update_in_flight() -> tuple[list[Completion], Completion, bool]:
+        flying = asyncio.ensure_future(together(engine, [request(book, prompt, i, long, f"fly-{i}") for i, prompt in enumerate(questions(12))]))
+        await asyncio.sleep(0.7)
+        await engine.receive(bundle)
+        still_flying = not flying.done()
+        later = await engine.generate(request(book, questions(1)[0], 1, GREEDY, "later"))
+        return await flying, later, still_flying
+
+    answers, later, still_flying = run(update_in_flight())
+    assert still_flying  # else nothing was in flight and the test says nothing
+    assert all(answer.version == version and answer.token_ids and answer.finish_reason is not FinishReason.ABORT for answer in answers)
+    assert later.version == version + 1 == engine.version
+
+
+OWNER = """
+import asyncio, os, sys
+from dataclasses import replace
+from actors.vllm_engine import EngineSpec, VllmEngine, engine_environment
+from sgpo_dist.data.embedded_model import embedded_model_dir
+from sgpo_dist.errors import SgpoError
+from sgpo_dist.roles import GenerateRequest, Sampling
+from sgpo_dist.weights.version import WeightBundle
+
+async def live():
+    model = embedded_model_dir()
+    spec = EngineSpec(str(model), max_model_len=256, kv_cache_gib=0.25, log_level="ERROR")
+    os.environ.update(engine_environment(spec))
+    engine = VllmEngine(spec)
+    await engine.start()
+    print("PIDS", *(await engine.pids()), flush=True)
+    bundle = WeightBundle(1, "shm", str(model / "model.safetensors"), "node", "0" * 32, 0, (), ())
+    for work in (engine.receive(bundle), engine.generate(GenerateRequest("a", (1, 2, 3), Sampling(0.0, 1.0, 0, 4), 0)), engine.check()):
+        try:
+            await work
+        except SgpoError as problem:
+            print("REFUSED", type(problem).__name__, problem, flush=True)
+    print("VERSION", engine.version, flush=True)
+    await asyncio.sleep(300)
+
+if __name__ == "__main__":
+    asyncio.run(live())
+"""
+
+
+def test_foreign_bytes_are_refused_and_the_engine_dies_with_its_owner(tmp_path: Path) -> None:
+    script = tmp_path / "owner.py"
+    script.write_text(OWNER)
+    owner = subprocess.Popen([sys.executable, str(script)], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    try:
+        said = {}
+        refused = []
+        for line in owner.stdout:
+            word, _, rest = line.strip().partition(" ")
+            refused += [rest] if word == "REFUSED" else []
+            said[word] = rest
+            if word == "VERSION":
+                break
+        assert said["VERSION"] == "-1"
+        assert [line.split()[0] for line in refused] == ["WeightSyncError", "WorkerFault", "WorkerFault"]
+        assert "read other bytes for version 1" in refused[0]
+        children = [psutil.Process(int(pid)) for pid in said["PIDS"].split()]
+        assert len(children) == 2  # the engine core and its worker
+    finally:
+        owner.kill()
+        owner.wait(timeout=10)
+    gone, alive = psutil.wait_procs(children, timeout=10)
+    for orphan in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            orphan.kill()
+    assert not alive, "the engine outlived the process that owns it"
+
+
+# ---- the transports of GPUs, at their seams -----------------------------------------------------------------------------------------
+
+
+def test_vllm_takes_our_requests_for_its_own_transports() -> None:
+    from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferInitInfo, IPCWeightTransferUpdateInfo
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferInitInfo, NCCLWeightTransferUpdateInfo
+
+    from actors import weight_receiver as receiver
+
+    tensors = [("a", "float32", (2, 3)), ("b", "bfloat16", (4,))]
+    init = NCCLWeightTransferInitInfo(**receiver.nccl_init_info("10.0.0.1", 4242, rank_offset=1, world_size=5))
+    assert (init.master_address, init.rank_offset, init.world_size, init.packed) == ("10.0.0.1", 1, 5, True)
+    assert NCCLWeightTransferUpdateInfo(**receiver.nccl_update_info(tensors)).shapes == [[2, 3], [4]]
+    assert IPCWeightTransferInitInfo(**receiver.ipc_init_info(packed=True)).packed
+    handles = [{"GPU-1": (1, 2)}, {"GPU-1": (3, 4)}]
+    info = IPCWeightTransferUpdateInfo(**receiver.nccl_update_info(tensors), ipc_handles=handles)
+    assert info.names == ["a", "b"]
+    assert [receiver.transfer_config(name).backend for name in ("shm", "nccl", "ipc")] == ["shm", "nccl", "ipc"]
+    with pytest.raises(ValueError, match="none of shm, nccl, ipc"):
+        receiver.transfer_config("carrier-pigeon")
+    with pytest.raises(ValueError, match="rank 0 is the learner's sender"):
+        receiver.nccl_init_info("10.0.0.1", 4242, rank_offset=0, world_size=2)
+
+
+def test_cuda_handles_travel_as_plain_values_and_come_back_whole() -> None:
+    import torch
+    from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
+
+    from actors.weight_receiver import plain_update_info, revived_update_info
+
+    arguments = (
+        torch.Tensor,
+        torch.Size([2, 3]),
+        (3, 1),
+        0,
+        torch.UntypedStorage,
+        torch.bfloat16,
+        0,
+        b"handle",
+        64,
+        0,
+        False,
+        b"ref",
+        8,
+        b"event",
+        True,
+    )
+    info = {"names": ["a"], "dtype_names": ["bfloat16"], "shapes": [[2, 3]], "ipc_handles": [{"GPU-1": arguments}]}
+    wire = MsgpackDecoder().decode(MsgpackEncoder().encode(plain_update_info(info)))
+    back = revived_update_info(wire)["ipc_handles"][0]["GPU-1"]
+    assert [tuple(value) if isinstance(value, list) else value for value in back] == [tuple(v) if isinstance(v, torch.Size) else v for v in arguments]
+    with pytest.raises(ValueError, match="no tensor type"):
+        revived_update_info({"ipc_handles": [{"GPU-1": ({"dtype": "system"},)}]})
+
+
+def test_a_file_s_digest_is_that_of_its_tensors_in_name_order(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    from sgpo_dist.weights.checksum import checksum_tensors
+
+    tensors = {"b": torch.tensor([1.0, 2.0]), "a": torch.tensor([[3.0]], dtype=torch.bfloat16)}
+    path = tmp_path / "w.safetensors"
+    save_file(tensors, path)
+    rows = [("a", "BF16", (1, 1), bytes.fromhex("4040")), ("b", "F32", (2,), bytes.fromhex("0000803f00000040"))]
+    assert checksum_safetensors(str(path)) == checksum_tensors(rows)
+    with pytest.raises(ValueError, match="ascending"):
+        checksum_tensors(reversed(rows))
