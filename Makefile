@@ -6,8 +6,8 @@ PYTEST := $(VENV)/python -m pytest
 
 # Python's bytecode cache makes every process of a run start seconds sooner; some containers switch it off.
 export PYTHONDONTWRITEBYTECODE :=
-# An interpreter other than python3: make setup PYTHON=python3.12
-export PYTHON
+# An interpreter other than python3: make setup PYTHON=python3.12. The set with CUDA: make setup TARGET=gpu
+export PYTHON TARGET
 
 .PHONY: help setup setup-dev demo test test-unit test-integration check bench docs lock clean distclean
 
@@ -45,7 +45,7 @@ bench: setup-dev ## our step, weight sync and loop against the usual ones, on th
 	$(VENV)/python -m bench $(ARGS)
 
 docs: setup-dev ## write the generated pages of docs/
-	$(VENV)/python -m tools.docs
+	$(VENV)/python -m sgpo_dist config-reference --write docs/configuration.md
 
 lock: setup ## compile requirements/*.txt from pyproject.toml
 	$(VENV)/python tools/compile_requirements.py

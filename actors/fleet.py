@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import psutil
 import ray
 
-from actors.handles import RemoteBuffer, call
+from actors.handles import RemoteBuffer, WeightClient, call
 from actors.rollout import RolloutSettings, RolloutWorker, leave
 from actors.vllm_engine import EngineSpec, VllmEngine, engine_environment
 from sgpo_dist.config import PairGateConfig
@@ -264,6 +264,17 @@ class RayFleet:
     async def stats(self) -> list[WorkerStats]:
         """The last heartbeat of each live worker."""
         return [member.stats for member in self._live.values() if member.stats is not None]
+
+    def processes(self) -> list[list[int]]:
+        """Process ids of each live worker of this machine: its actor's first, then its engine's."""
+        workers = [member.worker for _, member in sorted(self._live.items())]
+        return [[pid for pid, _ in worker.processes] for worker in workers if isinstance(worker, RayWorker)]
+
+    def weight_client(self) -> WeightClient:
+        """What the learner's device sender drives the live workers with ("nccl" and "ipc")."""
+        workers = [member.worker for _, member in sorted(self._live.items())]
+        handles = [worker.handle for worker in workers if isinstance(worker, RayWorker)]
+        return WeightClient(handles, self._spec.engine.tensor_parallel_size, self._spec.receive_timeout_s)
 
     async def stop(self) -> None:
         """End all workers and their engine children; never raises for a worker that is gone already."""

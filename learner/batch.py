@@ -74,7 +74,6 @@ class MicroBatch:
         )
 
 
-
 def pair_row(pair: PreferencePair) -> Row:
     """The row of a pair. Raises DataError when the prompt or a completion has no tokens."""
     chosen, rejected = pair.chosen.token_ids, pair.rejected.token_ids

@@ -28,6 +28,7 @@ ROLE: Final = "learner"
 START_TIMEOUT_S: Final = 600.0
 STOP_TIMEOUT_S: Final = 20.0
 PORT_ATTEMPTS: Final = 3
+PORT_TAKEN: Final = "EADDRINUSE"
 ALLOCATOR: Final[Mapping[str, str]] = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": "33554432",
@@ -100,19 +101,30 @@ class LearnerGroup:
         self._ranks: list[Any] = []
 
     async def start(self) -> None:
-        """Bring up the ranks and let them meet; returns when they have. Harmless when they are up."""
-        if self._ranks:
-            return
-        options = _actor_options(self._spec)
-        self._ranks = [ray.remote(RankHost).options(**options).remote(self._spec, rank) for rank in range(self._spec.learner.num_ranks)]
+        """Bring up the ranks and let them meet; returns when they have. Harmless when they are up.
+
+        Ranks whose port someone else took in between are replaced, ``PORT_ATTEMPTS`` times in all: their peers still wait there.
+        """
         for attempt in range(1, PORT_ATTEMPTS + 1):
-            host, port = (await _answers([self._ranks[0].address.remote()], START_TIMEOUT_S, "start"))[0]
-            try:
-                await self._call("connect", host, port, timeout_s=START_TIMEOUT_S)
+            if self._ranks:
                 return
-            except EnvironmentProblem as problem:  # someone else took the port in between
-                if attempt == PORT_ATTEMPTS or "EADDRINUSE" not in str(problem):
+            try:
+                await self._bring_up()
+            except EnvironmentProblem as problem:
+                if attempt == PORT_ATTEMPTS or PORT_TAKEN not in str(problem):
                     raise
+
+    async def _bring_up(self) -> None:
+        options = _actor_options(self._spec)
+        ranks = [ray.remote(RankHost).options(**options).remote(self._spec, rank) for rank in range(self._spec.learner.num_ranks)]
+        try:
+            host, port = (await _answers([ranks[0].address.remote()], START_TIMEOUT_S, "start"))[0]
+            await _answers([rank.call.remote("connect", host, port) for rank in ranks], START_TIMEOUT_S, "start")
+        except SgpoError:
+            for rank in ranks:
+                ray.kill(rank)
+            raise
+        self._ranks = ranks
 
     async def begin_stage(self, stage: LearnerStage) -> None:
         """See roles.Learner."""
@@ -164,12 +176,12 @@ class LearnerGroup:
         for rank in ranks:
             ray.kill(rank)
 
-    async def _call(self, method: str, *arguments: Any, timeout_s: float | None = None) -> list[Any]:
+    async def _call(self, method: str, *arguments: Any) -> list[Any]:
         """The method on every rank at once; answers in rank order."""
         if not self._ranks:
             raise WorkerFault(ROLE, "it is not running; start it first")
         calls = [rank.call.remote(method, *arguments) for rank in self._ranks]
-        return await _answers(calls, timeout_s or self._spec.learner.step_timeout_s, method)
+        return await _answers(calls, self._spec.learner.step_timeout_s, method)
 
 
 async def _answers(calls: Sequence[Any], timeout_s: float, method: str) -> list[Any]:
@@ -177,7 +189,9 @@ async def _answers(calls: Sequence[Any], timeout_s: float, method: str) -> list[
     try:
         return list(await asyncio.wait_for(asyncio.gather(*calls), timeout_s))
     except TimeoutError:
-        raise WorkerFault(ROLE, f"{method} took over {timeout_s:.0f} s; it hangs, or learner.step_timeout_s is too short") from None
+        raise WorkerFault(
+            ROLE, f"{method} took over {timeout_s:.0f} s; it hangs, waits for resources, or the limit is too short (learner.step_timeout_s)"
+        ) from None
     except RayTaskError as problem:
         if isinstance(problem.cause, SgpoError):
             raise problem.cause from None

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -107,6 +108,10 @@ class LearnerRank:
         self._link = link
         self._drop_sender()
 
+    def process_id(self) -> int:
+        """Of the process this rank lives in. Not a collective."""
+        return os.getpid()
+
     def stop(self) -> None:
         """Remove published files, leave the group."""
         self._drop_sender()
@@ -187,7 +192,7 @@ class LearnerRank:
 
     def publish(self, version: int) -> WeightBundle:
         """The current weights ready to be received, with what this learner's live module makes of the probes."""
-        source = WeightSource(self._current.engine, wire_dtype(self._spec.engine_dtype))
+        source = WeightSource(self._current.engine, wire_dtype(self._spec.model.dtype, self._spec.engine_dtype))
         if self._sender is None:
             self._sender = build_sender(self._spec.transport, self._spec.rank, self._spec.nonce, source, self._link)
         probe_logps = self._probe_logps()
@@ -360,7 +365,7 @@ class LearnerRank:
 
     @contextmanager
     def _scoring_as_engines_do(self) -> Iterator[Callable[[MicroBatch], Tensor]]:
-        engine, dtype = self._current.engine, wire_dtype(self._spec.engine_dtype)
+        engine, dtype = self._current.engine, DTYPES[self._spec.engine_dtype]
         if dtype is DTYPES[self._spec.model.dtype]:
             yield engine.score
             return

@@ -133,12 +133,12 @@ class SharedMemorySender:
         size = len(header) + sum(tensor.num_bytes for tensor in tensors)
         path = self._room_for(size) / f"{PREFIX}-{self._nonce}-v{version}-{os.getpid()}.safetensors"
         draft = path.with_suffix(".tmp")
-        file = draft.open("w+b")
-        fcntl.flock(file, fcntl.LOCK_EX)
+        file = _open_locked(draft)
         try:
             checksum = _fill(file, header, size, tensors, source)
         except OSError as problem:
             draft.unlink(missing_ok=True)
+            file.close()
             raise EnvironmentProblem(f"version {version} does not fit into {path.parent}: {problem.strerror or problem}") from problem
         draft.rename(path)
         self._files[version] = (path, file)
@@ -217,11 +217,14 @@ def build_sender(transport: str, rank: int, nonce: str, source: WeightSource | N
     return DeviceSender(_trainer_engine(transport, rank, source, link))
 
 
-def wire_dtype(engine_dtype: str) -> torch.dtype:
-    """The type that weights have on the wire. Raises ConfigError for a type that no engine of ours runs in."""
+def wire_dtype(model_dtype: str, engine_dtype: str) -> torch.dtype:
+    """The type that weights have on the wire: the narrower of both sides' types, so that widening on arrival loses nothing.
+
+    Raises ConfigError for a type that no engine of ours runs in.
+    """
     if engine_dtype not in DTYPES:
         raise ConfigError(f"engine type '{engine_dtype}' is none of {', '.join(DTYPES)}")
-    return DTYPES[engine_dtype]
+    return min(DTYPES[model_dtype], DTYPES[engine_dtype], key=lambda dtype: dtype.itemsize)
 
 
 def remove_left_overs(directory: Path) -> None:
@@ -232,6 +235,16 @@ def remove_left_overs(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def _open_locked(path: Path) -> BinaryIO:
+    """A new file that is ours: a cleaner that came between creation and lock has unlinked it, so it is made again."""
+    while True:
+        file = path.open("w+b")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()
+
+
 def _trainer_engine(transport: str, rank: int, source: WeightSource, link: DeviceLink) -> Any:
     from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 
@@ -239,7 +252,10 @@ def _trainer_engine(transport: str, rank: int, source: WeightSource, link: Devic
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo as InitInfo
     else:
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo as InitInfo
-    return WeightTransferTrainerFactory.trainer_init(InitInfo(rank=rank, **link.options), client=link.client, source=source)
+    try:
+        return WeightTransferTrainerFactory.trainer_init(InitInfo(rank=rank, **link.options), client=link.client, source=source)
+    except (RuntimeError, TypeError, ValueError) as problem:
+        raise EnvironmentProblem(f"weights.transport '{transport}' cannot be set up: {str(problem).splitlines()[0]} Use shm on CPU.") from problem
 
 
 def _header(tensors: Sequence[TensorMeta]) -> bytes:

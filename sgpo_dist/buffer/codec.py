@@ -135,9 +135,7 @@ def pack_refusal(refusal: Refusal, worker: str, incarnation: int) -> Row:
 def unpack_refusal(uid: str, stage: str, prompt_id: str, columns: Row) -> Refusal:
     """A refusal from ``reason``, ``detail``, four response columns and four refinement columns."""
     reason, detail, *halves = columns
-    return Refusal(
-        uid, Stage(stage), prompt_id, RefusalReason(reason), unpack_text(detail), _completion(halves[:4]), _completion(halves[4:])
-    )
+    return Refusal(uid, Stage(stage), prompt_id, RefusalReason(reason), unpack_text(detail), _completion(halves[:4]), _completion(halves[4:]))
 
 
 def journal_digest(stage: Stage, step: int, version: int, incarnation: int, uids: str) -> str:

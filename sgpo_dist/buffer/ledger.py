@@ -220,6 +220,7 @@ class Ledger:
     def settled(self, stage: Stage) -> bool:
         """Whether no prompt of the stage will be granted again: each has its outcome, or ``max_pairs`` are stored."""
         with self._transaction():
+            self._expire()
             return self._stage(stage).admission.exhausted(self._tally(stage))
 
     def pairs(self, stage: Stage) -> list[PreferencePair]:
@@ -266,9 +267,9 @@ class Ledger:
                 copy.execute("PRAGMA journal_mode = DELETE")
             finally:
                 copy.close()
-        _sync(partial)
-        partial.replace(final)
-        _sync(final.parent)
+            _sync(partial)
+            partial.replace(final)
+            _sync(final.parent)
 
     # ---- transactions and rows --------------------------------------------------------------------------------------------------
 
@@ -327,9 +328,7 @@ class Ledger:
         return [_Order(uid, Stage(stage), *rest) for uid, stage, *rest in rows]
 
     def _count(self, stage: Stage, name: str, n: int) -> None:
-        self._db.execute(
-            "INSERT INTO counters VALUES (?, ?, ?) ON CONFLICT (stage, name) DO UPDATE SET n = n + excluded.n", (stage, name, n)
-        )
+        self._db.execute("INSERT INTO counters VALUES (?, ?, ?) ON CONFLICT (stage, name) DO UPDATE SET n = n + excluded.n", (stage, name, n))
 
     def _counters(self, stage: Stage) -> dict[str, int]:
         return dict(self._db.execute("SELECT name, n FROM counters WHERE stage = ? ORDER BY name", (stage,)).fetchall())
@@ -377,20 +376,13 @@ class Ledger:
             if prompt.prompt_id not in known:
                 fresh.append(prompt)
             elif known[prompt.prompt_id] != codec.prompt_digest(prompt):
-                raise DataError(
-                    f"stage {stage}: prompt '{prompt.prompt_id}' changed since the run began; changed data needs another run_name"
-                )
+                raise DataError(f"stage {stage}: prompt '{prompt.prompt_id}' changed since the run began; changed data needs another run_name")
         return fresh
 
     def _register(self, plan: StagePlan, prompts: Sequence[Prompt]) -> None:
         """One order per (epoch, prompt, sample) in that nesting, after those already there."""
         start = int(self._db.execute("SELECT registered FROM stages WHERE stage = ?", (plan.stage,)).fetchone()[0])
-        names = (
-            (prompt.prompt_id, epoch, sample)
-            for epoch in range(plan.epochs)
-            for prompt in prompts
-            for sample in range(plan.samples_per_prompt)
-        )
+        names = ((prompt.prompt_id, epoch, sample) for epoch in range(plan.epochs) for prompt in prompts for sample in range(plan.samples_per_prompt))
         self._db.executemany(
             "INSERT INTO orders (uid, stage, position, prompt_id, epoch, sample) VALUES (?, ?, ?, ?, ?, ?)",
             ((outcome_uid(plan.run_seed, plan.stage, *name), plan.stage, position, *name) for position, name in enumerate(names, start)),
@@ -404,9 +396,7 @@ class Ledger:
         """The lowest waiting positions; a suspect only alone, so that a crash tells which prompt it was."""
         if limit <= 0:
             return []
-        held, worst = self._db.execute(
-            "SELECT COUNT(*), MAX(failures) FROM orders WHERE state = 'leased' AND worker = ?", (worker_id,)
-        ).fetchone()
+        held, worst = self._db.execute("SELECT COUNT(*), MAX(failures) FROM orders WHERE state = 'leased' AND worker = ?", (worker_id,)).fetchone()
         if held and worst >= SUSPECT_AFTER:
             return []
         granted: list[Row] = []
@@ -532,20 +522,14 @@ class Ledger:
         return known.admission.fits(unused, known.last_step)
 
     def _store_pair(self, pair: PreferencePair, worker_id: str, incarnation: int) -> None:
-        self._db.execute(
-            "INSERT INTO pairs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", codec.pack_pair(pair, worker_id, incarnation)
-        )
-        self._db.execute(
-            "UPDATE orders SET state = 'ready', version = ?, worker = NULL, deadline = NULL WHERE uid = ?", (pair.version, pair.uid)
-        )
+        self._db.execute("INSERT INTO pairs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", codec.pack_pair(pair, worker_id, incarnation))
+        self._db.execute("UPDATE orders SET state = 'ready', version = ?, worker = NULL, deadline = NULL WHERE uid = ?", (pair.version, pair.uid))
 
     def _store_refusal(self, refusal: Refusal, worker_id: str, incarnation: int) -> None:
         self._db.execute(
             "INSERT INTO refusals VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", codec.pack_refusal(refusal, worker_id, incarnation)
         )
-        self._db.execute(
-            "UPDATE orders SET state = 'refused', version = NULL, worker = NULL, deadline = NULL WHERE uid = ?", (refusal.uid,)
-        )
+        self._db.execute("UPDATE orders SET state = 'refused', version = NULL, worker = NULL, deadline = NULL WHERE uid = ?", (refusal.uid,))
         self._count(refusal.stage, f"refused_{refusal.reason}", 1)
 
     # ---- forming batches --------------------------------------------------------------------------------------------------------
@@ -583,15 +567,11 @@ class Ledger:
         bound = known.admission.max_staleness
         oldest = min(pair.version for pair in batch.pairs)
         if bound is not None and batch.version - oldest > bound:
-            raise RunFailed(
-                f"step {batch.step}: a pair of version {oldest} at version {batch.version} breaks max_staleness {bound}; report it"
-            )
+            raise RunFailed(f"step {batch.step}: a pair of version {oldest} at version {batch.version} breaks max_staleness {bound}; report it")
         uids = " ".join(pair.uid for pair in batch.pairs)
         mark = codec.journal_digest(batch.stage, batch.step, batch.version, incarnation, uids)
         self._db.execute("INSERT INTO journal VALUES (?, ?, ?, ?, ?, ?)", (batch.stage, batch.step, batch.version, incarnation, uids, mark))
-        self._db.executemany(
-            "UPDATE orders SET state = 'assigned', step = ? WHERE uid = ?", [(batch.step, pair.uid) for pair in batch.pairs]
-        )
+        self._db.executemany("UPDATE orders SET state = 'assigned', step = ? WHERE uid = ?", [(batch.step, pair.uid) for pair in batch.pairs])
         self._db.execute("UPDATE stages SET last_step = ? WHERE stage = ?", (batch.step, batch.stage))
         return batch
 
@@ -619,8 +599,7 @@ class Ledger:
 _IDENTITY: Final = ("seed", "batch size", "weight_sync_interval", "max_staleness", "samples_per_prompt", "epochs")
 
 _SELECT_IDENTITY: Final = (
-    "SELECT run_seed, batch_size, weight_sync_interval, max_staleness, samples_per_prompt, epochs, incarnation, version"
-    " FROM stages WHERE stage = ?"
+    "SELECT run_seed, batch_size, weight_sync_interval, max_staleness, samples_per_prompt, epochs, incarnation, version FROM stages WHERE stage = ?"
 )
 _INSERT_STAGE: Final = (
     "INSERT INTO stages (stage, run_seed, batch_size, weight_sync_interval, max_staleness, samples_per_prompt, epochs, max_pairs,"

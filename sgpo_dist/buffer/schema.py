@@ -170,10 +170,10 @@ def open_database(path: str, synchronous: str = "FULL") -> sqlite3.Connection:
 
 @contextmanager
 def mapped_errors(path: str) -> Iterator[None]:
-    """Turn SQLite's errors into ours: the one door they enter by."""
+    """Turn the errors of SQLite and of its file into ours: the one door they enter by."""
     try:
         yield
-    except sqlite3.OperationalError as problem:
+    except (sqlite3.OperationalError, OSError) as problem:
         raise EnvironmentProblem(f"{path}: {problem}; check free disk space, write permission, and that nobody else holds it") from problem
     except sqlite3.DatabaseError as problem:
         raise RunFailed(f"{path}: {problem}; put the buffer.db of the newest checkpoint in its place and resume") from problem

@@ -42,8 +42,8 @@ class _Pending:
 class PairBuffer:
     """See the head of the file. Build it anywhere; use it from one event loop. Building it again on the same file resumes where it was.
 
-    ``group_size`` outcomes or ``group_wait_s`` seconds, whichever is first, make a commit. ``tick_s`` is how often leases are checked for
-    expiry. A Ray actor needs no ``close``; a test does.
+    ``group_size`` outcomes or ``group_wait_s`` seconds, whichever is first, make a commit. ``tick_s`` is how often a wait looks again
+    unasked, since a lease that expires wakes nobody. A Ray actor needs no ``close``; a test does.
     """
 
     def __init__(
@@ -71,13 +71,9 @@ class PairBuffer:
         self._changes = 0
         self._last_outcome = clock()
         self._flusher: asyncio.Task[None] | None = None
-        self._ticker: asyncio.Task[None] | None = None
 
     async def close(self) -> None:
         """Finish the commits under way and close the file."""
-        if self._ticker is not None:
-            self._ticker.cancel()
-            await asyncio.gather(self._ticker, return_exceptions=True)
         if self._flusher is not None:
             await self._flusher
         await self._run(self._ledger.close)
@@ -95,7 +91,7 @@ class PairBuffer:
         await self._wake()
 
     async def assign(self, incarnation: int, stage: Stage, step: int, timeout_s: float = WAIT_TIMEOUT_S) -> Batch | None:
-        """The batch of ``step``, journalled; None when it can never be filled. Woken by puts, returned leases and ``advance``.
+        """The batch of ``step``, journalled; None when it can never be filled. Woken by puts, returned leases and ``advance``; looks again each tick.
 
         Raises RunFailed with the stage's counts once ``timeout_s`` pass without a batch and without a new outcome.
         """
@@ -117,7 +113,7 @@ class PairBuffer:
         return await self._run(partial(self._ledger.commit, incarnation, stage, step))
 
     async def wait_exhausted(self, stage: Stage, timeout_s: float = WAIT_TIMEOUT_S) -> None:
-        """Returns once every prompt has its outcome, or ``max_pairs`` are stored. Woken by puts and returned leases.
+        """Returns once every prompt has its outcome, or ``max_pairs`` are stored. Woken by puts and returned leases; looks again each tick.
 
         Raises RunFailed with the stage's counts once ``timeout_s`` pass without a new outcome.
         """
@@ -201,17 +197,7 @@ class PairBuffer:
 
     async def _run(self, call: Callable[[], T]) -> T:
         """Run a ledger call in its thread, after those that came before it."""
-        if self._ticker is None:
-            self._ticker = asyncio.create_task(self._tick())
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
-
-    async def _tick(self) -> None:
-        """Partner of every wait whose worker fell silent: expires its leases."""
-        loop = asyncio.get_running_loop()
-        while True:
-            await asyncio.sleep(self._tick_s)
-            if await loop.run_in_executor(self._thread, self._ledger.expire):
-                await self._wake()
 
     async def _wake(self) -> None:
         self._changes += 1
@@ -219,7 +205,7 @@ class PairBuffer:
             self._changed.notify_all()
 
     async def _wait_for_change(self, seen: int, started: float, timeout_s: float, stage: Stage, what: str) -> None:
-        """Sleep until something changed since ``seen``, two ticks at most (a lease may have expired inside another call).
+        """Sleep until something changed since ``seen``, for a tick at most: then leases may have expired.
 
         Raises RunFailed when no outcome came for ``timeout_s`` since ``started``.
         """
@@ -228,7 +214,7 @@ class PairBuffer:
             raise RunFailed(await self._silence(timeout_s, stage, what))
         async with self._changed:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait_for(lambda: self._changes != seen), min(left, 2 * self._tick_s))
+                await asyncio.wait_for(self._changed.wait_for(lambda: self._changes != seen), min(left, self._tick_s))
 
     async def _silence(self, timeout_s: float, stage: Stage, what: str) -> str:
         counts = await self.counts(stage)

@@ -24,7 +24,7 @@ from sgpo_dist.roles import Batch, Lease, StagePlan
 STAGE = Stage.PREFERENCE
 LEASE_S = 10.0
 MAX_VIRTUAL_S = 20_000.0
-POLL_S = 4.0
+POLL_S = 6.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +240,7 @@ class World:
         answer = self.ledger.assign(self.incarnation, STAGE, self.step + 1)
         if isinstance(answer, Hold):
             self.last_hold = answer
-            self._later(1.5, self._drive)
+            self._later(2.5, self._drive)
         elif answer is None:
             self.done = self.exhausted = True
         else:

@@ -9,7 +9,7 @@ import pytest
 from buffer_world import Settings, World, draw_rough_settings, draw_settings
 
 CHUNKS = 10
-SEEDS_PER_CHUNK = 175
+SEEDS_PER_CHUNK = 180
 
 
 def play(seed: int, settings: Settings | None = None, content_seed: int | None = None) -> World:
@@ -38,7 +38,7 @@ def test_invariants_hold_in_every_schedule(chunk):
 @pytest.mark.simulation
 @pytest.mark.parametrize("chunk", range(2))
 def test_the_staleness_bound_holds_under_frequent_faults(chunk):
-    for seed in seeds(chunk, 50):
+    for seed in seeds(chunk, 25):
         play(seed, draw_rough_settings(seed))
 
 

@@ -290,7 +290,7 @@ def test_an_orderly_end_is_nobodys_fault(open_desk):
 
 def test_leases_survive_a_restart_of_the_buffer_with_fresh_deadlines(tmp_path, open_desk):
     desk = open_desk(path=tmp_path / "buffer.db")
-    lease = desk.lease(1)[0]
+    lease = desk.lease(2)[0]
     desk.ledger.close()
     clock = Clock()
     clock.now = 3.0  # another boot: the old deadline of 1010 would never come
@@ -298,6 +298,8 @@ def test_leases_survive_a_restart_of_the_buffer_with_fresh_deadlines(tmp_path, o
     clock.now = 12.9
     assert reopened.expire() == 0
     assert reopened.put(desk.inc, "w", [pair(lease)]).accepted == 1
+    clock.now = 13.0
+    assert reopened.expire() == 1
     reopened.close()
 
 
@@ -322,6 +324,9 @@ def test_put_is_idempotent(open_desk):
     assert desk.put(refusal(lease)).duplicates == 1
     assert desk.counts().duplicates == 2
     assert desk.ledger.pairs(STAGE) == [pair(lease)]
+    other = desk.lease(1)[0]
+    desk.put(refusal(other))
+    assert desk.put(pair(other), refusal(other)).duplicates == 2
 
 
 def test_a_late_pair_is_taken_when_nobody_else_delivered(open_desk):
@@ -366,21 +371,17 @@ def test_a_late_pair_that_would_become_too_stale_is_turned_away_and_counted(open
 
 
 def test_a_late_pair_must_leave_room_for_the_older_ones(open_desk):
-    desk = open_desk(batch_size=1, max_staleness=1)  # version 0 is good for steps 1 and 2, one pair each
-    late = desk.lease(1, "slow")[0]
-    desk.lease(1, "other")
-    desk.clock.now += 11
-    again = desk.lease(2, "w")
-    desk.put(pair(again[0]), worker="w")
-    desk.train(1)  # p0; p1 is in generation since version 0 and takes step 2
-    more = desk.lease(1, "w")[0]  # p2 at version 1
-    desk.ledger.give_back(desk.inc, "w", crashed=False)
-    assert late.uid == again[0].uid
-    leased = desk.lease(2, "v")  # p1 and p2, now at version 1
-    assert ids(leased) == ["p1", "p2"]
-    assert desk.put(pair(again[1]), worker="w").accepted == 1  # p1 of version 0, late: step 2 is free for it
-    assert more.prompt.prompt_id == "p2"
-    assert batch_ids(desk.train(2)) == ["p1"]
+    desk = open_desk(batch_size=1, max_staleness=2)  # version 0 is good for steps 1 to 3
+    slow = desk.lease(1, "slow")[0]  # p0
+    desk.clock.now += 5
+    desk.lease(1, "steady")  # p1 stays in generation since version 0
+    desk.fill(1)  # p2
+    desk.train(1)
+    desk.clock.now += 6
+    assert ids(desk.lease(1, "quick")) == ["p0"]
+    desk.fill(1)  # p3 at version 1
+    assert batch_ids(desk.train(2)) == ["p3"]
+    assert desk.put(pair(slow), worker="slow").late == 1  # fresh enough for step 3, but that place is p1's
 
 
 def test_a_late_pair_may_not_exceed_a_lowered_max_pairs(open_desk):
@@ -436,15 +437,12 @@ def test_a_stage_that_only_collects_takes_any_version(open_desk):
 def test_a_batch_takes_the_oldest_versions_first_then_the_lowest_positions(open_desk):
     desk = open_desk()
     desk.lease(1, "slow")  # p0
-    desk.fill(2)  # p1, p2 at version 0
+    desk.fill(3)  # p1, p2, p3 at version 0
     assert batch_ids(desk.train(1)) == ["p1", "p2"]
     desk.clock.now += 11
-    desk.fill(3)  # p0 again, p3, p4 at version 1
-    assert batch_ids(desk.train(2)) == ["p0", "p3"]
-    late = desk.lease(2, "v")
-    desk.put(pair(late[1]), worker="v")
-    assert batch_ids(desk.assign(3)) == ["p4", "p6"]  # version 1 before version 2
-    assert desk.counts().assigned == 6
+    desk.fill(3)  # p0 again, p4, p5 at version 1
+    assert batch_ids(desk.train(2)) == ["p3", "p0"]
+    assert batch_ids(desk.train(3)) == ["p4", "p5"]
 
 
 def test_a_recorded_step_is_replayed_in_its_order_whatever_came_since(open_desk):
@@ -519,7 +517,7 @@ def test_synchronous_batches_are_the_lowest_positions_whatever_the_order_of_arri
 
 
 def test_batches_report_lockstep_version_and_a_resume_with_bumped_versions_realigns(open_desk):
-    desk = open_desk(weight_sync_interval=2, version=3)
+    desk = open_desk(prompts=30, weight_sync_interval=2, version=3)
     desk.fill(8)
     assert [desk.assign(step).version for step in (1, 2)] == [3, 3]
     assert desk.assign(3).version == 4  # trained at version 4 although its publication is still under way
@@ -527,9 +525,10 @@ def test_batches_report_lockstep_version_and_a_resume_with_bumped_versions_reali
     assert desk.assign(3).replayed
     assert desk.assign(4) is Hold.PAIRS  # the two ready pairs of version 3 are six versions old now
     assert desk.counts().stale == 2
-    assert desk.counts().waiting == 6
+    assert desk.counts().waiting == 24
     desk.fill(2)
     assert batch_ids(desk.assign(4)) == ["p6", "p7"]
+    assert len(desk.lease()) == 4  # version 9 belongs to steps 3-4 now: good up to step 6, which is 12 pairs, 8 of them used
 
 
 def test_commit_marks_rows_up_to_the_step(open_desk):

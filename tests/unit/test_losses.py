@@ -64,4 +64,4 @@ def test_a_zero_loss_has_a_zero_gradient_not_none():
 
 
 def test_every_loss_is_registered_under_its_configured_name():
-    assert LOSSES == {"sigmoid": sigmoid_dpo}
+    assert {"sigmoid": sigmoid_dpo} == LOSSES

@@ -73,9 +73,7 @@ def test_each_caller_of_a_group_gets_its_own_answer(tmp_path):
     async def play():
         async with open_buffer(tmp_path / "buffer.db") as (buffer, inc):
             one, two = (await buffer.lease(inc, "w", STAGE, 2)).leases
-            answers = await asyncio.gather(
-                buffer.put(inc - 1, "w", [pair(one)]), buffer.put(inc, "w", [pair(two)]), return_exceptions=True
-            )
+            answers = await asyncio.gather(buffer.put(inc - 1, "w", [pair(one)]), buffer.put(inc, "w", [pair(two)]), return_exceptions=True)
             assert isinstance(answers[0], FencedError)
             assert answers[1].accepted == 1
 
@@ -121,6 +119,19 @@ def test_assign_is_woken_by_a_new_version(tmp_path):
             await buffer.advance(inc, STAGE, 1)
             await buffer.put(inc, "w", [pair((await buffer.lease(inc, "w", STAGE, 1)).leases[0])])
             assert (await asyncio.wait_for(batch, 2)).version == 1
+
+    asyncio.run(play())
+
+
+def test_assign_is_woken_when_a_crash_leaves_nothing_to_wait_for(tmp_path):
+    async def play():
+        plan = StagePlan(STAGE, 7, batch_size=41)
+        async with open_buffer(tmp_path / "buffer.db", plan, tick_s=60.0, max_attempts=1) as (buffer, inc):
+            await buffer.lease(inc, "w", STAGE, 40)
+            batch = asyncio.create_task(buffer.assign(inc, STAGE, 1))
+            await asyncio.sleep(0.02)
+            await buffer.give_back(inc, "w")
+            assert await asyncio.wait_for(batch, 2) is None
 
     asyncio.run(play())
 

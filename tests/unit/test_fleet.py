@@ -1,0 +1,454 @@
+"""The fleet with hand-written workers: who is replaced when, who gets which version before its first lease, and when the run ends.
+
+And the doors to remote roles: retries through outages, and what Ray's exceptions become.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray import exceptions
+
+from actors.fleet import FleetSpec, RayFleet, RestartPolicy, share_cores, spread, tail
+from actors.handles import Unavailable, call, init_infos, mapped, through_outages
+from actors.vllm_engine import EngineSpec, engine_arguments, engine_environment, finish_reason, metadata_digest, sampling_arguments
+from sgpo_dist.config import PairGateConfig
+from sgpo_dist.errors import DataError, EnvironmentProblem, FencedError, RunFailed, SgpoError, WorkerFault
+from sgpo_dist.records import Completion, FinishReason, Stage
+from sgpo_dist.roles import GenerateRequest, GenerationTask, Sampling, WorkerStats
+from sgpo_dist.weights.checksum import checksum_tensors
+from sgpo_dist.weights.version import WeightBundle, WeightProof
+
+GREEDY = Sampling(0.0, 1.0, 0, 4)
+TASK = GenerationTask(Stage.PREFERENCE, 5, GREEDY, GREEDY, {"default": "improver"})
+
+
+def bundle(version: int) -> WeightBundle:
+    return WeightBundle(version, "shm", "", "node", f"sum{version}", 0, (), ((-1.0,),))
+
+
+@dataclass
+class FakeWorker:
+    """Does what it is told, unless ``plan`` has an exception for the call; notes everything in the common diary."""
+
+    worker_id: str
+    plan: dict[str, SgpoError]
+    diary: list[str]
+    pairs: int = 0
+    logp: float = -1.0
+
+    async def _do(self, what: str, note: str = "") -> None:
+        await asyncio.sleep(0)
+        self.diary.append(f"{self.worker_id} {note or what}")
+        if what in self.plan:
+            raise self.plan[what]
+
+    async def start(self) -> None:
+        await self._do("start")
+
+    async def begin(self, task: GenerationTask) -> None:
+        await self._do("begin")
+
+    async def end(self) -> None:
+        await self._do("end")
+
+    async def receive(self, bundle: WeightBundle) -> WeightProof:
+        await self._do("receive", f"receive {bundle.version}")
+        return WeightProof(self.worker_id, bundle.version, bundle.checksum, ((self.logp,),), 0.0, 0.0)
+
+    async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
+        await self._do("generate", f"generate {len(requests)}")
+        return [Completion(f"{request.request_id} by {self.worker_id}", (1,), FinishReason.STOP, 0) for request in requests]
+
+    async def heartbeat(self) -> WorkerStats:
+        await asyncio.sleep(0)
+        if "heartbeat" in self.plan:
+            raise self.plan["heartbeat"]
+        return WorkerStats(self.worker_id, 0, 0, self.pairs, 0, 0, 0.0, 0)
+
+    async def stop(self) -> None:
+        await self._do("stop")
+
+    def kill(self) -> None:
+        self.diary.append(f"{self.worker_id} kill")
+
+    def last_words(self) -> str:
+        return "\n    out of luck"
+
+
+@dataclass
+class FakeBuffer:
+    diary: list[str]
+
+    async def give_back(self, incarnation: int, worker_id: str, *, crashed: bool = True) -> int:
+        self.diary.append(f"{worker_id} gives back for {incarnation}, crashed {crashed}")
+        return 0
+
+
+@dataclass
+class World:
+    """A fleet whose n-th launched worker follows ``plans[n]`` (or none)."""
+
+    plans: list[dict[str, SgpoError]] = field(default_factory=list)
+    max_restarts: int = 3
+    diary: list[str] = field(default_factory=list)
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    workers: list[FakeWorker] = field(default_factory=list)
+    pauses: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        spec = FleetSpec(
+            engine=EngineSpec("model"),
+            template="v1",
+            gate=PairGateConfig(),
+            concurrency=2,
+            lease_s=60.0,
+            request_timeout_s=60.0,
+            start_timeout_s=60.0,
+            heartbeat_timeout_s=60.0,
+            receive_timeout_s=60.0,
+            max_restarts=self.max_restarts,
+            tolerance=0.01,
+            log_dir="nowhere",
+            attempt=7,
+            heartbeat_every_s=2.0,
+        )
+        self.fleet = RayFleet(spec, FakeBuffer(self.diary), lambda kind, **fields: self.events.append((kind, fields)), self.launch, sleep=self.sleep)
+
+    def launch(self, worker_id: str, index: int, count: int) -> FakeWorker:
+        number = len(self.workers)
+        self.workers.append(FakeWorker(worker_id, self.plans[number] if number < len(self.plans) else {}, self.diary))
+        return self.workers[-1]
+
+    async def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        await asyncio.sleep(0.001 if seconds else 0)
+
+    @property
+    def crash_pauses(self) -> list[float]:
+        return [pause for pause in self.pauses if pause not in (0.0, 2.0)]
+
+
+def play(work: Awaitable[None]) -> None:
+    async def bounded() -> None:
+        await asyncio.wait_for(work, 5)
+
+    asyncio.run(bounded())
+
+
+async def until(done: Callable[[], bool]) -> None:
+    async with asyncio.timeout(2):
+        while not done():
+            await asyncio.sleep(0.001)
+
+
+FAULT = WorkerFault("rollout-0", "its process died")
+
+
+# ---- pure decisions ------------------------------------------------------------------------------------------------------------------
+
+
+def test_pauses_double_up_to_a_minute_and_the_budget_ends() -> None:
+    policy = RestartPolicy(max_restarts=8)
+    assert [policy.crashed() for _ in range(9)] == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, None]
+    policy.progressed()
+    assert policy.crashed() == 1.0
+    assert policy.total == 10
+    assert RestartPolicy(max_restarts=0).crashed() is None
+
+
+def test_cores_are_shared_evenly_and_requests_dealt_like_cards() -> None:
+    assert [share_cores((0, 1), i, 2) for i in range(2)] == [(0,), (1,)]
+    assert [share_cores(range(8), i, 3) for i in range(3)] == [(0, 1), (2, 3, 4), (5, 6, 7)]
+    assert share_cores((0, 1), 2, 3) == (0, 1)
+    assert spread(5, 2) == [[0, 2, 4], [1, 3]]
+    assert spread(1, 2) == [[0], []]
+
+
+# ---- the fleet -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_workers_start_side_by_side_and_serve_in_order() -> None:
+    async def story() -> None:
+        w = World()
+        await w.fleet.start(2)
+        assert [worker.worker_id for worker in w.workers] == ["rollout-0.7.1", "rollout-1.7.2"]
+        requests = [GenerateRequest(f"r{i}", (1,), GREEDY, 0) for i in range(7)]
+        texts = [answer.text.split()[0] for answer in await w.fleet.generate(requests)]
+        assert texts == [f"r{i}" for i in range(7)]
+        rounds = sorted(line for line in w.diary if "generate" in line)  # 4 and 3 requests, 2 at a time
+        assert rounds == ["rollout-0.7.1 generate 2", "rollout-0.7.1 generate 2", "rollout-1.7.2 generate 1", "rollout-1.7.2 generate 2"]
+        await w.fleet.stop()
+        assert sorted(w.diary[-4:]) == ["rollout-0.7.1 kill", "rollout-0.7.1 stop", "rollout-1.7.2 kill", "rollout-1.7.2 stop"]
+
+    play(story())
+
+
+def test_a_lost_worker_s_leases_return_and_its_successor_has_the_version_before_the_task() -> None:
+    async def story() -> None:
+        w = World()
+        await w.fleet.start(1)
+        await w.fleet.publish(bundle(3))
+        await w.fleet.begin(TASK)
+        watching = asyncio.create_task(w.fleet.supervise())
+        w.workers[0].plan["heartbeat"] = FAULT
+        await until(lambda: "rollout-0.7.2 begin" in w.diary)
+        after = w.diary[w.diary.index("rollout-0.7.1 kill") :]
+        assert after == [
+            "rollout-0.7.1 kill",
+            "rollout-0.7.1 gives back for 5, crashed True",
+            "rollout-0.7.2 start",
+            "rollout-0.7.2 receive 3",
+            "rollout-0.7.2 begin",
+        ]
+        assert w.crash_pauses == [1.0]
+        assert [kind for kind, _ in w.events] == ["worker_started", "worker_lost", "worker_started"]
+        assert w.events[1][1] == {"worker": "rollout-0.7.1", "reason": "its process died"}
+        watching.cancel()
+
+    play(story())
+
+
+def test_a_worker_that_cannot_prove_a_version_is_rebuilt_and_the_others_proofs_count() -> None:
+    async def story() -> None:
+        w = World()
+        await w.fleet.start(2)
+        w.workers[1].logp = -1.5
+        proofs = await w.fleet.publish(bundle(1))
+        assert [proof.worker_id for proof in proofs] == ["rollout-0.7.1"]
+        assert "rollout-1.7.2 kill" in w.diary
+        await until(lambda: "rollout-1.7.3 receive 1" in w.diary)
+
+    play(story())
+
+
+def test_when_nobody_proves_a_version_the_first_rebuilt_worker_is_waited_for() -> None:
+    async def story() -> None:
+        w = World()
+        await w.fleet.start(1)
+        w.workers[0].plan["receive"] = FAULT
+        proofs = await w.fleet.publish(bundle(2))
+        assert [(proof.worker_id, proof.version) for proof in proofs] == [("rollout-0.7.2", 2)]
+
+    play(story())
+
+
+def test_a_version_published_while_a_worker_starts_is_the_one_it_gets_live_with() -> None:
+    async def story() -> None:
+        w = World()
+        await w.fleet.start(1)
+        await w.fleet.publish(bundle(1))
+        held = asyncio.Event()
+        await w.fleet.scale(2)
+        await until(lambda: len(w.workers) == 2)
+        receive = w.workers[1].receive
+
+        async def slow_receive(late: WeightBundle) -> WeightProof:
+            await held.wait()
+            return await receive(late)
+
+        w.workers[1].receive = slow_receive  # type: ignore[method-assign]
+        await until(lambda: "rollout-1.7.2 start" in w.diary)
+        await w.fleet.begin(TASK)
+        assert [proof.worker_id for proof in await w.fleet.publish(bundle(2))] == ["rollout-0.7.1"]
+        held.set()
+        await until(lambda: "rollout-1.7.2 begin" in w.diary)
+        mine = [line.removeprefix("rollout-1.7.2 ") for line in w.diary if line.startswith("rollout-1.7.2")]
+        assert mine == ["start", "receive 1", "receive 2", "begin"]
+
+    play(story())
+
+
+def test_a_crash_loop_ends_the_run_with_the_log_s_last_lines() -> None:
+    async def story() -> None:
+        w = World([{"start": FAULT} for _ in range(9)], max_restarts=3)
+        with pytest.raises(RunFailed) as caught:
+            await w.fleet.start(1)
+        assert str(caught.value) == (
+            "rollout workers crashed 4 times without making a pair; the last was rollout-0.7.4: its process died\n    out of luck"
+        )
+        assert w.crash_pauses == [1.0, 2.0, 4.0]
+
+    play(story())
+
+
+def test_a_pair_in_between_starts_the_count_afresh() -> None:
+    async def story() -> None:
+        w = World(max_restarts=1)
+        await w.fleet.start(1)
+        watching = asyncio.create_task(w.fleet.supervise())
+        for life in range(3):
+            await until(lambda life=life: len(w.workers) > life and bool(w.fleet._live))
+            w.workers[life].pairs = 1
+            pauses = len(w.pauses)
+            await until(lambda pauses=pauses: len(w.pauses) > pauses + 2)  # a heartbeat has seen the pair
+            w.workers[life].plan["heartbeat"] = FAULT
+        await until(lambda: len(w.workers) == 4)
+        assert w.crash_pauses == [1.0, 1.0, 1.0]
+        assert not watching.done()
+        watching.cancel()
+
+    play(story())
+
+
+def test_what_the_machine_lacks_at_the_first_start_is_said_at_once() -> None:
+    async def story() -> None:
+        w = World([{"start": EnvironmentProblem("vLLM did not start: too little memory")}])
+        with pytest.raises(EnvironmentProblem, match="too little memory"):
+            await w.fleet.start(1)
+        assert w.diary[-1] == "rollout-0.7.1 kill"
+
+    play(story())
+
+
+def test_bad_data_ends_supervision_and_replaces_nobody() -> None:
+    async def story() -> None:
+        w = World()
+        await w.fleet.start(1)
+        w.workers[0].plan["heartbeat"] = DataError("row 3 is malformed")
+        with pytest.raises(DataError):
+            await w.fleet.supervise()
+        assert len(w.workers) == 1
+
+    play(story())
+
+
+def test_requests_of_a_lost_worker_are_asked_of_the_others() -> None:
+    async def story() -> None:
+        w = World()
+        await w.fleet.start(2)
+        w.workers[0].plan["generate"] = FAULT
+        answers = await w.fleet.generate([GenerateRequest(f"r{i}", (1,), GREEDY, 0) for i in range(4)])
+        assert [answer.text.split()[0] for answer in answers] == ["r0", "r1", "r2", "r3"]
+        assert not any("rollout-0.7.1" in answer.text for answer in answers)
+
+    play(story())
+
+
+def test_end_reaches_everyone_and_scale_dismisses_the_last() -> None:
+    async def story() -> None:
+        w = World()
+        await w.fleet.start(2)
+        await w.fleet.begin(TASK)
+        await w.fleet.end()
+        assert [line for line in w.diary if line.endswith(" end")] == ["rollout-0.7.1 end", "rollout-1.7.2 end"]
+        w.workers[1].plan["stop"] = FAULT
+        await w.fleet.scale(1)
+        assert w.diary[-2:] == ["rollout-1.7.2 stop", "rollout-1.7.2 kill"]
+        await w.fleet.begin(TASK)
+        assert w.diary[-1] == "rollout-0.7.1 begin"
+
+    play(story())
+
+
+# ---- remote roles --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outages:
+    """Fails ``left`` times before it answers; its clock moves only by sleeping."""
+
+    left: int
+    now: float = 0.0
+    sleeps: list[float] = field(default_factory=list)
+
+    async def attempt(self) -> str:
+        if self.left:
+            self.left -= 1
+            raise Unavailable("pair buffer", "away for a moment")
+        return "here"
+
+    async def sleep(self, seconds: float) -> None:
+        self.sleeps.append(round(seconds, 3))
+        self.now += seconds
+
+    def run(self, outage_s: float) -> str:
+        return asyncio.run(through_outages(self.attempt, outage_s, clock=lambda: self.now, sleep=self.sleep, jitter=lambda: 0.5))
+
+
+def test_an_outage_is_waited_out_with_growing_pauses() -> None:
+    outages = Outages(8)
+    assert outages.run(120.0) == "here"
+    assert outages.sleeps == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+
+
+def test_an_outage_that_does_not_end_is_a_fault() -> None:
+    outages = Outages(10**6)
+    with pytest.raises(WorkerFault, match="away for more than 10 s"):
+        outages.run(10.0)
+    assert 5.0 < outages.now <= 10.0
+
+
+def test_rays_exceptions_become_ours_and_ours_come_back_as_they_were() -> None:
+    fenced = FencedError("incarnation 1 is fenced off")
+    wrapped = exceptions.RayTaskError("put", "traceback", fenced)
+    assert mapped(wrapped, "pair buffer") is fenced
+    fault = WorkerFault("engine", "gone")
+    assert mapped(exceptions.RayTaskError("generate", "traceback", fault), "rollout-0") is fault
+    bug = mapped(exceptions.RayTaskError("put", "traceback", KeyError("x")), "rollout-0")
+    assert str(bug) == "rollout-0: KeyError: 'x'"
+    assert isinstance(mapped(exceptions.ActorUnavailableError("gone", None), "b"), Unavailable)
+    died = mapped(exceptions.ActorDiedError(), "rollout-0")
+    assert (type(died), str(died)) == (WorkerFault, "rollout-0: its process died")
+    assert "ran out of memory" in str(mapped(exceptions.OutOfMemoryError("oom"), "rollout-0"))
+
+
+def test_a_call_has_a_deadline() -> None:
+    async def late() -> None:
+        await asyncio.sleep(5)
+
+    with pytest.raises(WorkerFault, match=r"rollout-0: no answer within 0\.01 s"):
+        asyncio.run(call(late(), "rollout-0", 0.01))
+
+
+def test_nccl_ranks_of_the_engines_follow_one_another() -> None:
+    info = {"master_address": "a", "rank_offset": 1, "world_size": 7}
+    assert [one["rank_offset"] for one in init_infos(info, engines=3, gpus_per_engine=2)] == [1, 3, 5]
+    assert init_infos({"packed": True}, 2, 2) == [{"packed": True}, {"packed": True}]
+
+
+# ---- what vLLM is told ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cpu_engine_uses_the_cores_it_was_given_and_never_cuts_prefills(tmp_path: Path) -> None:
+    spec = EngineSpec(str(tmp_path), cpu_cores=(0, 1), kv_cache_gib=0.5, max_model_len=4096, engine_kwargs={"block_size": 64, "seed": 9})
+    environment = engine_environment(spec)
+    assert (environment["VLLM_CPU_OMP_THREADS_BIND"], environment["OMP_NUM_THREADS"], environment["HF_HUB_OFFLINE"]) == ("0,1", "2", "1")
+    assert "VLLM_ALLOW_INSECURE_SERIALIZATION" not in environment
+    arguments = engine_arguments(spec)
+    assert (arguments["enforce_eager"], arguments["enable_chunked_prefill"], arguments["max_num_batched_tokens"]) == (True, False, 4096)
+    assert (arguments["kv_cache_memory_bytes"], arguments["block_size"], arguments["seed"]) == (1 << 29, 64, 9)
+    on_gpu = engine_arguments(EngineSpec("hub/name", device="cuda", gpu_memory_utilization=0.7))
+    assert on_gpu["gpu_memory_utilization"] == 0.7
+    assert not {"enforce_eager", "kv_cache_memory_bytes", "enable_chunked_prefill"} & on_gpu.keys()
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in engine_environment(EngineSpec("hub/name", device="cuda"))
+
+
+def test_sampling_and_finish_reasons_in_vllm_s_words() -> None:
+    assert sampling_arguments(Sampling(0.7, 0.9, 5, 12), 3) == {
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 5,
+        "max_tokens": 12,
+        "seed": 3,
+        "skip_special_tokens": True,
+    }
+    assert [finish_reason(name) for name in ("stop", "length", "abort", None)] == ["stop", "length", "abort", "abort"]
+
+
+def test_device_weights_are_digested_by_name_type_and_shape() -> None:
+    info = {"names": ["b", "a"], "dtype_names": ["float32", "bfloat16"], "shapes": [[2], [3, 4]]}
+    assert metadata_digest(info) == checksum_tensors([("a", "BF16", (3, 4), b""), ("b", "F32", (2,), b"")])
+    assert metadata_digest({**info, "shapes": [[2], [4, 3]]}) != metadata_digest(info)
+
+
+def test_the_tail_of_a_log(tmp_path: Path) -> None:
+    log = tmp_path / "w.log"
+    log.write_text("".join(f"line {i}\n" for i in range(30)))
+    assert tail(log, 2) == "\n    line 28\n    line 29"
+    assert tail(tmp_path / "none") == ""
