@@ -199,6 +199,16 @@ class WeightClient:
     def __reduce__(self) -> tuple[type[WeightClient], tuple[Any, ...]]:
         return WeightClient, (self._handles, self._gpus_per_engine, self._timeout_s)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Who is behind it: another fleet has other names."""
+        return tuple(map(repr, self._handles))
+
+    @property
+    def num_ranks(self) -> int:
+        """How many device processes take weights, over all engines."""
+        return len(self._handles) * self._gpus_per_engine
+
     def init_weight_transfer_engine(self, init_info: Mapping[str, Any]) -> None:
         """Meet the sender; each engine is told where its ranks begin."""
         infos = init_infos(init_info, len(self._handles), self._gpus_per_engine)

@@ -11,9 +11,9 @@ import asyncio
 import os
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, cast
+from typing import Any, Final, Protocol, cast
 
 import ray
 from ray.exceptions import RayError, RayTaskError
@@ -25,6 +25,7 @@ from sgpo_dist.roles import LearnerStage, Metrics
 from sgpo_dist.weights.version import ProbeRow, WeightBundle
 
 ROLE: Final = "learner"
+SHM: Final = "shm"
 START_TIMEOUT_S: Final = 600.0
 STOP_TIMEOUT_S: Final = 20.0
 PORT_ATTEMPTS: Final = 3
@@ -57,6 +58,18 @@ class GroupSpec:
     def threads(self) -> int:
         """CPU threads of one rank."""
         return self.learner.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // self.learner.num_ranks)
+
+
+class WorkersClient(Protocol):
+    """The client of the live workers: vLLM's trainer engines call its four methods in the ranks, the group reads who they are."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Who is behind it; another tuple means that the ranks have to meet them."""
+
+    @property
+    def num_ranks(self) -> int:
+        """How many device processes take weights."""
 
 
 class RankHost:
@@ -96,8 +109,11 @@ class RankHost:
 class LearnerGroup:
     """``sgpo_dist.roles.Learner`` over Ray actors. Each method raises the rank's own SgpoError, or WorkerFault when a rank died or hung."""
 
-    def __init__(self, spec: GroupSpec) -> None:
+    def __init__(self, spec: GroupSpec, workers: Callable[[], WorkersClient] | None = None) -> None:
+        """``workers`` gives the client of the workers that are live now; only the device transports (nccl, ipc) need it."""
         self._spec = spec
+        self._workers = workers
+        self._linked: tuple[str, ...] = ()
         self._ranks: list[Any] = []
 
     async def start(self) -> None:
@@ -140,12 +156,26 @@ class LearnerGroup:
         return cast(Metrics, (await self._call("preference_step", step, list(batch)))[0])
 
     async def publish(self, version: int) -> WeightBundle:
-        """See roles.Learner."""
+        """See roles.Learner. Over a device transport the ranks first meet the workers that are new since the last version."""
+        if self._spec.transport != SHM and self._workers is not None:
+            await self._meet(self._workers())
         return cast(WeightBundle, (await self._call("publish", version))[0])
 
     async def retire(self, version: int) -> None:
         """See roles.Learner."""
         await self._call("retire", version)
+
+    async def _meet(self, client: WorkersClient) -> None:
+        from learner.weight_sender import DeviceLink  # loads torch into the driver, so only where devices are
+
+        if client.names == self._linked:
+            return
+        options: dict[str, Any] = {}
+        if self._spec.transport == "nccl":
+            host, port = (await _answers([self._ranks[0].address.remote()], START_TIMEOUT_S, "address"))[0]
+            options = {"master_address": host, "master_port": port, "world_size": 1 + client.num_ranks}
+        await self.link(DeviceLink(client, options))
+        self._linked = client.names
 
     async def link(self, link: Any) -> None:
         """How a device transport reaches the workers (``weight_sender.DeviceLink``)."""

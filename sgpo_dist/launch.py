@@ -110,10 +110,10 @@ async def _assemble(
     placement = place(config)
     handle, incarnation = await _start_buffer(directory, parts)
     probes = probe_rows(corpus, book, config.weights.num_probes)
-    learner = LearnerGroup(group_spec(config, directory, placement, probes))
-    parts.append(learner.stop)
     fleet = RayFleet(fleet_spec(config, directory, placement, probes, start_model), handle, recorder.event)
     parts.append(fleet.stop)
+    learner = LearnerGroup(group_spec(config, directory, placement, probes), fleet.weight_client)
+    parts.append(learner.stop)
     recorder.status(doing="starting the engines and the learner")
     await asyncio.gather(fleet.start(config.rollout.num_rollout_workers), learner.start())
     return Run(
@@ -242,7 +242,7 @@ def ray_session(config: Config, directory: RunDirectory) -> Iterator[None]:
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default makes training yield to everything else on the machine
     try:
         ray.init(address=address, namespace=f"sgpo-{directory.run_id}", **settings)
-    except (ConnectionError, RuntimeError, ValueError) as problem:
+    except Exception as problem:
         raise EnvironmentProblem(f"Ray at '{address}' cannot be reached: {str(problem).splitlines()[0]}; see `sgpo-dist doctor`") from problem
     try:
         _require_gpus(config)

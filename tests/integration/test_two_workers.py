@@ -156,9 +156,7 @@ def main(folder: Path) -> None:
     import psutil
     import ray
 
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=200 * 2**20
-    )
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", object_store_memory=200 * 2**20)
     try:
         seen = asyncio.run(story(folder))
     finally:

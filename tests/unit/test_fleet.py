@@ -116,7 +116,7 @@ class World:
             tolerance=0.01,
             log_dir="nowhere",
             attempt=7,
-            heartbeat_every_s=2.0,
+            heartbeat_every_s=2.5,
         )
         self.fleet = RayFleet(spec, FakeBuffer(self.diary), lambda kind, **fields: self.events.append((kind, fields)), self.launch, sleep=self.sleep)
 
@@ -131,7 +131,7 @@ class World:
 
     @property
     def crash_pauses(self) -> list[float]:
-        return [pause for pause in self.pauses if pause not in (0.0, 2.0)]
+        return [pause for pause in self.pauses if pause not in (0.0, 2.5)]
 
 
 def play(work: Awaitable[None]) -> None:

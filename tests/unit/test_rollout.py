@@ -209,7 +209,7 @@ def test_a_prompt_without_room_is_refused_and_one_with_little_room_is_cut() -> N
         assert (refused.reason, refused.detail) == (RefusalReason.PROMPT_TOO_LONG, "the prompt has 93 tokens")
         tight = by_uid["y"]  # 15 for the response, then 85 + 7 characters leave 8 for the refinement
         assert isinstance(tight, PreferencePair)
-        assert sorted(request.sampling.max_new_tokens for request in w.engine.asked if "y" in request.request_id) == [8, 15]
+        assert sorted(request.sampling.max_new_tokens for request in w.engine.asked if "uid-y" in request.request_id) == [8, 15]
 
     play(story())
 
