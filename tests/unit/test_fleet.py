@@ -41,6 +41,7 @@ class FakeWorker:
     diary: list[str]
     pairs: int = 0
     logp: float = -1.0
+    held: asyncio.Event | None = None
 
     async def _do(self, what: str, note: str = "") -> None:
         await asyncio.sleep(0)
@@ -58,6 +59,8 @@ class FakeWorker:
         await self._do("end")
 
     async def receive(self, bundle: WeightBundle) -> WeightProof:
+        if self.held is not None:
+            await self.held.wait()
         await self._do("receive", f"receive {bundle.version}")
         return WeightProof(self.worker_id, bundle.version, bundle.checksum, ((self.logp,),), 0.0, 0.0)
 
@@ -100,6 +103,7 @@ class World:
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     workers: list[FakeWorker] = field(default_factory=list)
     pauses: list[float] = field(default_factory=list)
+    held: dict[int, asyncio.Event] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         spec = FleetSpec(
@@ -122,7 +126,8 @@ class World:
 
     def launch(self, worker_id: str, index: int, count: int) -> FakeWorker:
         number = len(self.workers)
-        self.workers.append(FakeWorker(worker_id, self.plans[number] if number < len(self.plans) else {}, self.diary))
+        plan = self.plans[number] if number < len(self.plans) else {}
+        self.workers.append(FakeWorker(worker_id, plan, self.diary, held=self.held.get(number)))
         return self.workers[-1]
 
     async def sleep(self, seconds: float) -> None:
@@ -243,16 +248,8 @@ def test_a_version_published_while_a_worker_starts_is_the_one_it_gets_live_with(
         w = World()
         await w.fleet.start(1)
         await w.fleet.publish(bundle(1))
-        held = asyncio.Event()
+        held = w.held[1] = asyncio.Event()
         await w.fleet.scale(2)
-        await until(lambda: len(w.workers) == 2)
-        receive = w.workers[1].receive
-
-        async def slow_receive(late: WeightBundle) -> WeightProof:
-            await held.wait()
-            return await receive(late)
-
-        w.workers[1].receive = slow_receive  # type: ignore[method-assign]
         await until(lambda: "rollout-1.7.2 start" in w.diary)
         await w.fleet.begin(TASK)
         assert [proof.worker_id for proof in await w.fleet.publish(bundle(2))] == ["rollout-0.7.1"]

@@ -1,0 +1,297 @@
+"""One DPO optimiser step: our learner against TRL's DPOTrainer on the same pairs, beta, learning rate and optimiser settings.
+
+Arms: ``ours``, ``defaults`` (TRL as it comes: bf16, gradient checkpointing, the reference scored in each step) and ``tuned`` (TRL without
+checkpointing, with the reference scored beforehand). What is counted: forward, backward and update. ``ours`` is timed twice: with
+fresh pairs, whose reference it has to score (against ``defaults``), and with known ones (against ``tuned``). Guard: in float32, on few pairs,
+the loss after one update. With a CUDA device: ``measure_gpu``. Called by ``python -m bench``; also run as a child of itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import socket
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from bench.machine import THREADS, Line, answer, environment, run_arm, seconds
+from sgpo_dist.config import LearnerConfig, ModelConfig
+from sgpo_dist.data.embedded_model import default_cache_root, embedded_model_dir
+from sgpo_dist.prompts import PromptBook, load_tokenizer
+from sgpo_dist.records import Completion, FinishReason, Message, PreferencePair, Prompt, Stage, TokenExample
+from sgpo_dist.roles import LearnerStage, LossPlan, OptimiserPlan
+from sgpo_dist.starter import orders
+
+MODULE: Final = "bench.dpo_step"
+PAIRS: Final = 8
+GUARD_PAIRS: Final = 4
+GPU_PAIRS: Final = 64
+ORDERS_SEED: Final = 404
+BETA: Final = 0.1
+LEARNING_RATE: Final = 1e-5
+LOSS_TOLERANCE: Final = 1e-3
+BF16_TOLERANCE: Final = 6e-2
+FP32_TOLERANCE: Final = 2e-3
+PEAK_BF16_TFLOPS: Final = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
+"""Dense bf16 peaks by a part of the device's name, from the vendor's data sheets (H100 and H200: the SXM models)."""
+
+
+# ---- the parent ---------------------------------------------------------------------------------------------------------------------
+
+
+def measure(timed_steps: int, rounds: int, same_allocator: bool = False) -> list[Line]:
+    """Both ratios. ``same_allocator`` gives TRL the allocator settings that our learner's processes always have."""
+    variables = {"ours": environment(allocator=True)} | dict.fromkeys(("defaults", "tuned"), environment(allocator=same_allocator))
+    found: dict[str, list[dict[str, Any]]] = {"ours": [], "defaults": [], "tuned": []}
+    for _ in range(rounds):
+        for arm, answers in found.items():
+            answers.append(run_arm(MODULE, arm, {"pairs": PAIRS, "steps": timed_steps}, variables[arm]))
+    guard, passed = _guard(variables)
+    lines = []
+    for arm, key in (("defaults", "fresh_s"), ("tuned", "step_s")):
+        notes = (_speed("ours", found["ours"], key), _speed(f"TRL {arm}", found[arm], "step_s"))
+        lines.append(Line(f"DPO step, TRL {arm}", f"TRL {arm}", seconds(found[arm], "step_s"), seconds(found["ours"], key), guard, passed, notes))
+    return lines
+
+
+def _guard(variables: Mapping[str, Mapping[str, str]]) -> tuple[str, bool]:
+    options = {"pairs": GUARD_PAIRS, "steps": 1, "dtype": "float32"}
+    ours, theirs = (run_arm(MODULE, arm, options, variables[arm])["losses"] for arm in ("ours", "tuned"))
+    gap, moved = abs(ours[1] - theirs[1]), abs(ours[1] - ours[0])
+    text = f"fp32 loss after one update: ours {ours[1]:.5f}, TRL {theirs[1]:.5f}, gap {gap:.1e} of {LOSS_TOLERANCE:.0e} (the update moved it by {moved:.1e})"
+    return text, gap <= LOSS_TOLERANCE < moved
+
+
+def _speed(name: str, arms: Sequence[Mapping[str, Any]], key: str) -> str:
+    took = statistics.median(seconds(arms, key))
+    rss = max(int(arm["peak_rss_mib"]) for arm in arms)
+    cpu = statistics.median(seconds(arms, key.replace("_s", "_cpu_s")))
+    tokens = arms[0]["tokens"]
+    return f"{name}: {took:.1f} s ({cpu:.1f} CPU-s) a step, {PAIRS / took:.2f} pairs/s, {tokens / took:.0f} tokens/s, peak {rss} MiB"
+
+
+def measure_gpu(timed_steps: int) -> list[str]:
+    """Speed of our bf16 step on the GPU and its log-probs against float32 on the CPU; one line when there is no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ["gpu: skipped, there is no CUDA device here"]
+    gpu, cpu = environment(allocator=False, gpu=True), environment(allocator=True)
+    step = run_arm(MODULE, "ours", {"pairs": GPU_PAIRS, "steps": timed_steps + 2, "gpu": 1}, gpu)
+    took = statistics.median(step["step_s"])
+    lines = [f"gpu: {torch.cuda.get_device_name(0)}, bf16, {GPU_PAIRS} pairs: {took:.3f} s a step, {step['tokens'] / took:.0f} tokens/s"]
+    lines.append(_mfu(torch.cuda.get_device_name(0), step["parameters"], step["tokens"], took))
+    exact = run_arm(MODULE, "logps", {"pairs": GUARD_PAIRS, "dtype": "float32"}, cpu)
+    for dtype, tolerance in (("bfloat16", BF16_TOLERANCE), ("float32", FP32_TOLERANCE)):
+        got = run_arm(MODULE, "logps", {"pairs": GUARD_PAIRS, "dtype": dtype, "gpu": 1}, gpu)
+        gap = statistics.mean(abs(a - b) / n for a, b, n in zip(got["logps"], exact["logps"], exact["counts"], strict=True))
+        verdict = "ok" if gap <= tolerance else "FAILED"
+        lines.append(f"gpu: log-probs in {dtype} against the CPU's float32: mean gap {gap:.2e} nats a token, allowed {tolerance:.0e}: {verdict}")
+    return lines
+
+
+def _mfu(device: str, parameters: int, tokens: int, took: float) -> str:
+    """6 * parameters * tokens FLOPs a step (forward and backward, padding and attention not counted) by the device's dense peak."""
+    teraflops = 6 * parameters * tokens / took / 1e12
+    peak = next((value for name, value in PEAK_BF16_TFLOPS.items() if name in device), None)
+    share = f" = MFU {teraflops / peak:.1%} of {peak:.0f}" if peak else ", peak of this device not known"
+    return f"gpu: {teraflops:.1f} TFLOP/s by 6*N*tokens{share}"
+
+
+# ---- the pairs ------------------------------------------------------------------------------------------------------------------------
+
+
+def make_pairs(book: PromptBook, count: int) -> list[PreferencePair]:
+    """Orders whose right answer is preferred over the same answer with two fields of the next order. Same count, same pairs."""
+    draw = random.Random(ORDERS_SEED)
+    made = orders.generate_orders(count + 1, ORDERS_SEED)
+    return [_pair(book, number, made[number], made[number + 1], draw) for number in range(count)]
+
+
+def _pair(book: PromptBook, number: int, order: orders.Order, other: orders.Order, draw: random.Random) -> PreferencePair:
+    differing = [key for key in orders.KEYS if order.fields[key] != other.fields[key]]
+    swapped = {key: other.fields[key] for key in draw.sample(differing, 2)}
+    wrong = replace(order, fields={**order.fields, **swapped})
+    prompt = Prompt(f"bench-{number}", tuple(Message(**message) for message in orders.order_messages(order)))
+    chosen, rejected = (_completion(book, orders.reference_text(one)) for one in (order, wrong))
+    return PreferencePair(f"bench-{number}", Stage.PREFERENCE, prompt, book.policy_ids(prompt), rejected, chosen, book.improver_template)
+
+
+def _completion(book: PromptBook, text: str) -> Completion:
+    return Completion(text, book.completion_ids(text), FinishReason.STOP, 0)
+
+
+# ---- our arm --------------------------------------------------------------------------------------------------------------------------
+
+
+def run_ours(pairs: Sequence[PreferencePair], timed_steps: int, dtype: str, gpu: bool) -> dict[str, Any]:
+    """One warm-up step, ``timed_steps`` with pairs not seen before, and as many with pairs whose reference log-probs are known."""
+    rank = _make_rank(dtype, gpu, total_steps=1 + 2 * timed_steps)
+    fresh: list[tuple[float, float]] = []
+    known: list[tuple[float, float]] = []
+    losses, tokens = [], 0
+    for number in range(1 + timed_steps):
+        renamed = [replace(pair, uid=f"{pair.uid}-{number}") for pair in pairs]
+        metrics, took = _timed_step(rank, number + 1, renamed, gpu)
+        losses.append(metrics["loss"])
+        tokens = int(metrics["perf/tokens"])
+        fresh += [took] if number else []
+    for number in range(timed_steps):
+        metrics, took = _timed_step(rank, timed_steps + number + 2, renamed, gpu)
+        losses.append(metrics["loss"])
+        known.append(took)
+    parameters = sum(parameter.numel() for parameter in rank._current.engine.scorer.parameters())
+    rank.stop()
+    return {"losses": losses, "tokens": tokens, "parameters": parameters} | _columns("fresh", fresh) | _columns("step", known)
+
+
+def _columns(name: str, took: Sequence[tuple[float, float]]) -> dict[str, list[float]]:
+    return {f"{name}_s": [wall for wall, _ in took], f"{name}_cpu_s": [cpu for _, cpu in took]}
+
+
+def _timed_step(rank: Any, step: int, pairs: Sequence[PreferencePair], gpu: bool) -> tuple[dict[str, float], tuple[float, float]]:
+    import torch
+
+    wall, cpu = time.perf_counter(), time.process_time()
+    metrics: dict[str, float] = rank.preference_step(step, pairs)
+    if gpu:
+        torch.cuda.synchronize()
+    return metrics, (time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def run_logps(pairs: Sequence[PreferencePair], dtype: str, gpu: bool) -> dict[str, Any]:
+    """Summed log-probs of both texts of every pair under the untrained model."""
+    rank = _make_rank(dtype, gpu, total_steps=1)
+    halves = [(pair, half) for pair in pairs for half in (pair.chosen, pair.rejected)]
+    rows = [TokenExample(f"{pair.uid}-{number}", pair.prompt_ids, half.token_ids) for number, (pair, half) in enumerate(halves)]
+    logps = rank.logps(rows)
+    rank.stop()
+    return {"logps": logps, "counts": [len(row.completion_ids) for row in rows]}
+
+
+def _make_rank(dtype: str, gpu: bool, total_steps: int) -> Any:
+    from learner.learner import LearnerRank, RankSpec
+
+    model = ModelConfig.model_validate({"dtype": dtype})
+    budget = 16384 if gpu else 2048
+    settings = LearnerConfig.model_validate({"gpus_per_rank": float(gpu), "beta2": 0.999, "max_tokens_per_micro_batch": budget})
+    rank = LearnerRank(RankSpec(0, 1, model, settings, "shm", dtype, (), "bench", 0, str(default_cache_root()), THREADS))
+    rank.connect("127.0.0.1", _free_port())
+    plan = OptimiserPlan(LEARNING_RATE, total_steps, warmup_ratio=0.0, schedule="constant", beta2=0.999)
+    model_dir = str(embedded_model_dir())
+    rank.begin_stage(LearnerStage(Stage.PREFERENCE, model_dir, plan, LossPlan(beta=BETA), model_dir))
+    return rank
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# ---- TRL's arms -----------------------------------------------------------------------------------------------------------------------
+
+
+def run_trl(pairs: Sequence[PreferencePair], timed_steps: int, dtype: str, tuned: bool) -> dict[str, Any]:
+    """One warm-up step and ``timed_steps`` of DPOTrainer, every step on all the pairs."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, clock = build_trainer(str(embedded_model_dir()), text_rows(pairs), folder, len(pairs), 1 + timed_steps, dtype=dtype, tuned=tuned)
+        require_same_ids(trainer, pairs)
+        tokens = sum(2 * len(pair.prompt_ids) + len(pair.chosen.token_ids) + len(pair.rejected.token_ids) for pair in pairs)
+        trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return {"losses": losses, "tokens": tokens} | _columns("step", clock.took[1:])
+
+
+def text_rows(pairs: Sequence[PreferencePair]) -> list[dict[str, str]]:
+    """The pairs as text with its special tokens spelled out, which TRL turns into ids itself."""
+    tokenizer: Any = load_tokenizer(embedded_model_dir())
+
+    def text(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    return [{"prompt": text(pair.prompt_ids), "chosen": text(pair.chosen.token_ids), "rejected": text(pair.rejected.token_ids)} for pair in pairs]
+
+
+def build_trainer(model: Any, rows: Sequence[Mapping[str, str]], folder: str, batch: int, steps: int, *, dtype: str, tuned: bool) -> tuple[Any, Any]:
+    """A DPOTrainer over ``rows`` and the callback that times its steps. ``model`` is a directory, or a model to be trained in place."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    class StepClock(TrainerCallback):
+        """Wall and CPU seconds from the begin of each optimiser step to its end."""
+
+        def __init__(self) -> None:
+            self.took: list[tuple[float, float]] = []
+            self._began = (0.0, 0.0)
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            """The batch is there, the forward pass is next."""
+            self._began = (time.perf_counter(), time.process_time())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            """The weights are updated."""
+            self.took.append((time.perf_counter() - self._began[0], time.process_time() - self._began[1]))
+
+    settings: dict[str, Any] = {
+        "output_dir": folder,
+        "use_cpu": True,
+        "beta": BETA,
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": batch,
+        "max_steps": steps,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    if tuned:
+        settings |= {"gradient_checkpointing": False, "precompute_ref_log_probs": True, "bf16": True, "optim": "adamw_torch_fused"}
+    if dtype == "float32":
+        settings |= {"bf16": False}
+    if isinstance(model, str):
+        settings |= {"model_init_kwargs": {"dtype": dtype}}
+    clock = StepClock()
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
+    data = Dataset.from_list([dict(row) for row in rows])
+    return DPOTrainer(model, args=DPOConfig(**settings), train_dataset=data, processing_class=tokenizer, callbacks=[clock]), clock
+
+
+def require_same_ids(trainer: Any, pairs: Sequence[PreferencePair]) -> None:
+    """Raises RuntimeError unless TRL trains on the very token ids that we do."""
+    for row, pair in zip(trainer.train_dataset, pairs, strict=True):
+        theirs = (tuple(row["prompt_ids"]), tuple(row["chosen_ids"]), tuple(row["rejected_ids"]))
+        if theirs != (pair.prompt_ids, pair.chosen.token_ids, pair.rejected.token_ids):
+            raise RuntimeError(f"TRL reads other token ids than we do for pair {pair.uid}: the step times would not compare")
+
+
+def main() -> None:
+    """One arm, as a child of ``measure``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arm", choices=["ours", "defaults", "tuned", "logps"], required=True)
+    parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--gpu", type=int, default=0)
+    options = parser.parse_args()
+
+    import torch
+
+    torch.set_num_threads(THREADS)
+    pairs = make_pairs(PromptBook(load_tokenizer(embedded_model_dir())), options.pairs)
+    if options.arm == "ours":
+        answer("ours", **run_ours(pairs, options.steps, options.dtype, bool(options.gpu)))
+    elif options.arm == "logps":
+        answer("logps", **run_logps(pairs, options.dtype, bool(options.gpu)))
+    else:
+        answer(options.arm, **run_trl(pairs, options.steps, options.dtype, options.arm == "tuned"))
+
+
+if __name__ == "__main__":
+    main()

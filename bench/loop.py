@@ -1,0 +1,188 @@
+"""The whole loop: seconds to make and train on 16 pairs, ours against the loop that a weekend project would write.
+
+``naive``: transformers answers 16 chat prompts and rewrites the answers (batches of 8), TRL's tuned DPOTrainer takes two steps of 8 pairs,
+the model is saved and loaded again. Counted from the first generation to the reloaded model; loading at the start is not.
+``ours``: a run of the preference stage alone, two steps of 8 pairs. Counted from version 0 on all workers, which is when the first prompt is
+leased, to the last version on all workers; starting Ray, engine and learner is not, and neither is the export at the end. Guard: finite
+losses and the same number of pairs trained. Called by ``python -m bench``; also run as a child of itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from bench.dpo_step import BETA, LEARNING_RATE, build_trainer
+from bench.machine import THREADS, Line, answer, environment, run_arm, seconds
+from sgpo_dist.data.embedded_model import embedded_model_dir
+from sgpo_dist.prompts import PromptBook, load_tokenizer
+from sgpo_dist.records import Message, Prompt
+from sgpo_dist.starter import chat
+
+MODULE: Final = "bench.loop"
+STEPS: Final = 2
+BATCH: Final = 8
+PAIRS: Final = STEPS * BATCH
+SPARE_PROMPTS: Final = 64
+"""Prompts of our run: its gate refuses some pairs, and every refusal's time counts against us."""
+NEW_TOKENS: Final = 32
+TOP_P: Final = 0.95
+TEMPERATURES: Final = {"policy": 0.8, "improver": 0.7}
+
+
+def measure(rounds: int) -> Line:
+    """The ratio of seconds for the same number of pairs, which is the ratio of pairs an hour."""
+    naive, ours = [], []
+    for _ in range(rounds):
+        naive.append(run_arm(MODULE, "naive", {}, environment(allocator=False)))
+        ours.append(run_arm(MODULE, "ours", {}, environment(allocator=False)))
+    runs = [*naive, *ours]
+    finite = all(math.isfinite(loss) for run in runs for loss in run["losses"])
+    pairs = sorted({run["pairs"] for run in runs})
+    guard = f"losses {'finite' if finite else 'NOT finite'}; pairs trained an arm: {', '.join(map(str, pairs))}"
+    notes = (
+        f"pairs an hour: naive {_hourly(naive):.0f}, ours {_hourly(ours):.0f}",
+        f"naive loop: {_parts(naive[0]['parts'])}",
+        "counted: generation to reloaded model (naive), version 0 to last version proved on all workers (ours); starting up is in neither",
+    )
+    return Line("pairs an hour, naive loop", "naive loop", seconds(naive, "took_s"), seconds(ours, "took_s"), guard, finite and pairs == [PAIRS], notes)
+
+
+def _hourly(runs: Sequence[dict[str, Any]]) -> float:
+    return 3600 * sum(run["pairs"] for run in runs) / sum(seconds(runs, "took_s"))
+
+
+def _parts(parts: dict[str, float]) -> str:
+    return ", ".join(f"{name} {took:.1f} s" for name, took in parts.items())
+
+
+# ---- the naive arm --------------------------------------------------------------------------------------------------------------------
+
+
+def run_naive() -> dict[str, Any]:
+    """Generate, rewrite, train, save, reload; each part timed."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    book = PromptBook(load_tokenizer(embedded_model_dir()))
+    tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model_dir(), padding_side="left")
+    model: Any = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.bfloat16)
+    import trl  # noqa: F401 seconds of import belong to the start, which is not counted
+
+    prompts = [Prompt(row["id"], (Message("user", row["prompt"]),)) for row in chat.rows("train")[:PAIRS]]
+    with tempfile.TemporaryDirectory(prefix="sgpo-bench-") as folder:
+        marks = [time.perf_counter()]
+        responses = _generate(model, tokenizer, [book.policy_ids(prompt) for prompt in prompts], TEMPERATURES["policy"])
+        marks.append(time.perf_counter())
+        drafts = [book.improver_ids(prompt, text) for prompt, text in zip(prompts, responses, strict=True)]
+        refinements = _generate(model, tokenizer, drafts, TEMPERATURES["improver"])
+        marks.append(time.perf_counter())
+        rows = [
+            {"prompt": tokenizer.decode(list(book.policy_ids(prompt))), "chosen": chosen, "rejected": rejected}
+            for prompt, chosen, rejected in zip(prompts, refinements, responses, strict=True)
+        ]
+        trainer, _ = build_trainer(model, rows, folder, BATCH, STEPS, dtype="bfloat16", tuned=True)
+        trainer.train()
+        marks.append(time.perf_counter())
+        trainer.model.save_pretrained(folder)
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        marks.append(time.perf_counter())
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    names = ("answer", "rewrite", "train", "save and reload")
+    parts = {name: after - before for name, before, after in zip(names, marks, marks[1:], strict=False)}
+    return {"took_s": [marks[-1] - marks[0]], "pairs": BATCH * len(losses), "losses": losses, "parts": parts}
+
+
+def _generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], temperature: float) -> list[str]:
+    """Texts in prompt order, in padded batches."""
+    import torch
+
+    texts: list[str] = []
+    model.eval()
+    for start in range(0, len(prompts), BATCH):
+        batch = tokenizer.pad({"input_ids": [list(ids) for ids in prompts[start : start + BATCH]]}, return_tensors="pt")
+        with torch.no_grad():
+            out = model.generate(
+                **batch, do_sample=True, temperature=temperature, top_p=TOP_P, top_k=0, max_new_tokens=NEW_TOKENS, pad_token_id=tokenizer.pad_token_id
+            )
+        texts += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts
+
+
+# ---- our arm --------------------------------------------------------------------------------------------------------------------------
+
+
+def overrides(output_dir: str) -> list[str]:
+    """The run as dotted overrides: same prompts' set, sampling, beta, rate and batch as the naive loop."""
+    values: dict[str, object] = {
+        "run_name": "bench",
+        "output_dir": output_dir,
+        "stages": "[preference]",
+        "data.path": "chat",
+        "data.max_prompts": SPARE_PROMPTS,
+        "preference.total_steps": STEPS,
+        "preference.beta": BETA,
+        "preference.learning_rate": LEARNING_RATE,
+        "preference.warmup_ratio": 0.0,
+        "preference.pair_gate.require_eos": "false",
+        "rollout.max_model_len": 768,
+        "rollout.concurrency": 32,
+        "learner.train_batch_size": BATCH,
+        "cluster.min_free_disk_gib": 1,
+        "eval.enabled": "false",
+        "logging.progress": "off",
+        "logging.report_to": "[]",
+        "logging.level": "WARNING",
+    }
+    for role, temperature in TEMPERATURES.items():
+        values |= {
+            f"rollout.{role}.temperature": temperature,
+            f"rollout.{role}.top_p": TOP_P,
+            f"rollout.{role}.max_new_tokens": NEW_TOKENS,
+        }
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def run_ours() -> dict[str, Any]:
+    """A real run through the same door as a user's; its times are read from what it recorded."""
+    from sgpo_dist import load_config, train
+
+    with tempfile.TemporaryDirectory(prefix="sgpo-bench-") as folder:
+        config = load_config(None, overrides(folder), environment={})
+        train(config)
+        published = [event for event in _lines(config.run_dir / "events.jsonl") if event["kind"] == "version_published"]
+        steps = [row for row in _lines(config.run_dir / "metrics.jsonl") if row["stage"] == "preference"]
+    if not published or published[0]["version"] != 0 or published[-1]["version"] != STEPS:
+        raise RuntimeError(f"the run published versions {[event['version'] for event in published]}, not 0 to {STEPS}")
+    took = published[-1]["time"] - published[0]["time"]
+    return {"took_s": [took], "pairs": BATCH * len(steps), "losses": [float(row["loss"]) for row in steps]}
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def main() -> None:
+    """One arm, as a child of ``measure``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arm", choices=["naive", "ours"], required=True)
+    arm = parser.parse_args().arm
+    if arm == "naive":
+        import torch
+
+        torch.set_num_threads(THREADS)
+        answer(arm, **run_naive())
+    else:
+        embedded_model_dir()
+        answer(arm, **run_ours())
+
+
+if __name__ == "__main__":
+    main()

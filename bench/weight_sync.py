@@ -1,0 +1,192 @@
+"""New weights into a running engine, against saving them and starting a new engine: the same model, float32, on the same cores.
+
+What is counted, in both arms: from the weights in memory to the first token that they sample. ``restart``: write a model directory, start
+vLLM (its import included), one token. ``sync``: write the file to shared memory and digest it, ``receive`` (which proves the version with the
+probes), one token. Guard: in both arms the engine's log-probs of the probes are those that transformers computes with the same weights.
+Called by ``python -m bench``; also run as a child of itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from actors.vllm_engine import EngineSpec, VllmEngine, engine_environment
+from bench.machine import Line, answer, environment, run_arm, seconds
+from sgpo_dist.data.embedded_model import embedded_model_dir
+from sgpo_dist.prompts import PromptBook, load_tokenizer
+from sgpo_dist.records import Message, Prompt
+from sgpo_dist.roles import GenerateRequest, Sampling
+from sgpo_dist.starter import chat
+from sgpo_dist.weights.checksum import checksum_safetensors
+from sgpo_dist.weights.version import ProbeRow, WeightBundle, check_proof, mean_abs_gap
+
+MODULE: Final = "bench.weight_sync"
+TOLERANCE: Final = 2e-3
+PROBES: Final = 4
+NOISE: Final = 0.05
+SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 the machine's shared memory is the place meant
+ONE_TOKEN: Final = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=1)
+START_DEADLINE_S: Final = 240.0
+DEADLINE_S: Final = 60.0
+
+Logps = tuple[tuple[float, ...], ...]
+
+
+def measure(repeats: int, restarts: int) -> Line:
+    """The ratio. ``repeats`` versions are received by one engine; ``restarts`` engines are started before and as many after."""
+    variables = environment(allocator=False)
+    started = [run_arm(MODULE, "restart", {}, variables)]
+    synced = [run_arm(MODULE, "sync", {"repeats": repeats}, variables)]
+    started += [run_arm(MODULE, "restart", {}, variables) for _ in range(restarts - 1)]
+    gap = max(value for arm in (*started, *synced) for value in arm["gaps"])
+    guard = f"mean gap of the probes' log-probs to transformers' {gap:.1e} nats, allowed {TOLERANCE:.0e}"
+    notes = (
+        f"of a sync: write and digest {max(synced[0]['write_s']):.2f} s, requests stalled {max(synced[0]['stall_s']):.2f} s (longest of each)",
+        "counted: from the weights in memory to the first token that they sample",
+    )
+    name = "weight sync, engine restart"
+    return Line(name, "save and restart", seconds(started, "took_s"), seconds(synced, "took_s"), guard, gap <= TOLERANCE, notes)
+
+
+# ---- the arms -------------------------------------------------------------------------------------------------------------------------
+
+
+async def run_restart(model: Any, probes: tuple[ProbeRow, ...], prompt_ids: tuple[int, ...], folder: Path) -> dict[str, Any]:
+    """Perturbed weights into a directory, a new engine on it, one token."""
+    perturb(model, seed=1)
+    expected = transformers_logps(model, probes)
+    began = time.perf_counter()
+    directory = folder / "model"
+    shutil.copytree(embedded_model_dir(), directory, ignore=shutil.ignore_patterns("*.safetensors"))
+    save_weights(model, directory / "model.safetensors")
+    spec = engine_spec(directory, probes)
+    os.environ.update(engine_environment(spec))
+    engine = VllmEngine(spec)
+    try:
+        await asyncio.wait_for(engine.start(), START_DEADLINE_S)
+        await first_token(engine, prompt_ids, "first")
+        took = time.perf_counter() - began
+        got = await asyncio.wait_for(engine.logps(probes), DEADLINE_S)
+    finally:
+        await engine.stop()
+    return {"took_s": [took], "gaps": [mean_abs_gap(expected, got)]}
+
+
+async def run_sync(model: Any, probes: tuple[ProbeRow, ...], prompt_ids: tuple[int, ...], folder: Path, repeats: int) -> dict[str, Any]:
+    """One engine; ``repeats`` perturbed versions after one that warms up."""
+    spec = engine_spec(embedded_model_dir(), probes)
+    os.environ.update(engine_environment(spec))
+    engine = VllmEngine(spec)
+    columns: dict[str, list[float]] = {"took_s": [], "write_s": [], "stall_s": [], "gaps": []}
+    try:
+        await asyncio.wait_for(engine.start(), START_DEADLINE_S)
+        for version in range(repeats + 1):
+            perturb(model, seed=version)
+            row = await _sync_once(engine, model, version, probes, prompt_ids, folder)
+            if version:
+                for name, value in row.items():
+                    columns[name].append(value)
+    finally:
+        await engine.stop()
+    return columns
+
+
+async def _sync_once(
+    engine: VllmEngine, model: Any, version: int, probes: tuple[ProbeRow, ...], prompt_ids: tuple[int, ...], folder: Path
+) -> dict[str, float]:
+    expected = transformers_logps(model, probes)
+    path = folder / f"v{version}.safetensors"
+    began = time.perf_counter()
+    names = save_weights(model, path)
+    checksum = checksum_safetensors(str(path))
+    written = time.perf_counter()
+    bundle = WeightBundle(version, "shm", str(path), "here", checksum, path.stat().st_size, names, expected)
+    proof = await asyncio.wait_for(engine.receive(bundle), DEADLINE_S)
+    await first_token(engine, prompt_ids, f"first-{version}")
+    ended = time.perf_counter()
+    path.unlink()
+    return {"took_s": ended - began, "write_s": written - began, "stall_s": proof.stall_s, "gaps": check_proof(bundle, proof, TOLERANCE)}
+
+
+async def first_token(engine: VllmEngine, prompt_ids: tuple[int, ...], name: str) -> None:
+    """Returns when the engine has sampled one token."""
+    await asyncio.wait_for(engine.generate(GenerateRequest(name, prompt_ids, ONE_TOKEN, seed=0)), DEADLINE_S)
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------------------------
+
+
+def perturb(model: Any, seed: int) -> None:
+    """Noise of 5 % of its spread on every weight, so that a stale one would show."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * parameter.std() * NOISE)
+
+
+def save_weights(model: Any, path: Path) -> tuple[str, ...]:
+    """One safetensors file, the tied head left out; returns the names."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(tensors, path, metadata={"format": "pt"})
+    return tuple(sorted(tensors))
+
+
+def transformers_logps(model: Any, probes: tuple[ProbeRow, ...]) -> Logps:
+    """Per-token log-probs of the probes' completions by a plain forward pass."""
+    import torch
+
+    rows = []
+    for probe in probes:
+        with torch.no_grad():
+            logps_L_V = torch.log_softmax(model(torch.tensor([probe.prompt_ids + probe.completion_ids])).logits[0], dim=-1)
+        first = len(probe.prompt_ids) - 1
+        rows.append(tuple(logps_L_V[first + place, token].item() for place, token in enumerate(probe.completion_ids)))
+    return tuple(rows)
+
+
+def engine_spec(directory: Path, probes: tuple[ProbeRow, ...]) -> EngineSpec:
+    """A small float32 engine, as a run on a laptop has it."""
+    return EngineSpec(str(directory), max_model_len=512, kv_cache_gib=0.5, probes=probes, max_num_seqs=32, log_level="WARNING")
+
+
+def probe_rows(book: PromptBook) -> tuple[ProbeRow, ...]:
+    """The first held-out chat rows with their references."""
+    rows = chat.rows("heldout")[:PROBES]
+    prompts = [Prompt(row["id"], (Message("user", row["prompt"]),)) for row in rows]
+    return tuple(ProbeRow(book.policy_ids(prompt), book.completion_ids(row["reference"])[:48]) for prompt, row in zip(prompts, rows, strict=True))
+
+
+def main() -> None:
+    """One arm, as a child of ``measure``."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--arm", choices=["restart", "sync"], required=True)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32).eval()
+    probes = probe_rows(PromptBook(load_tokenizer(embedded_model_dir())))
+    place = SHARED_MEMORY if options.arm == "sync" and SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2**30 else None
+    with tempfile.TemporaryDirectory(prefix="sgpo-bench-", dir=place) as folder:
+        if options.arm == "restart":
+            found = asyncio.run(run_restart(model, probes, probes[0].prompt_ids, Path(folder)))
+        else:
+            found = asyncio.run(run_sync(model, probes, probes[0].prompt_ids, Path(folder), options.repeats))
+    answer(options.arm, **found)
+
+
+if __name__ == "__main__":
+    main()
