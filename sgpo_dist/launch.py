@@ -245,10 +245,18 @@ def ray_session(config: Config, directory: RunDirectory) -> Iterator[None]:
     except Exception as problem:
         raise EnvironmentProblem(f"Ray at '{address}' cannot be reached: {str(problem).splitlines()[0]}; see `sgpo-dist doctor`") from problem
     try:
+        _protect_token()
         _require_gpus(config)
         yield
     finally:
         ray.shutdown()
+
+
+def _protect_token() -> None:
+    """Whoever has Ray's token may run code on the cluster, and Ray 2.60 writes it readable by all."""
+    token = Path.home() / ".ray" / "auth_token"
+    if token.is_file() and token.stat().st_mode & 0o077:
+        token.chmod(0o600)
 
 
 def _require_gpus(config: Config) -> None:

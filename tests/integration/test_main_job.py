@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-CONFIG = Path(__file__).parent / "smoke.yaml"
+CONFIG = ROOT / "examples" / "smoke.yaml"
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(560)]
 
 

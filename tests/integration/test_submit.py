@@ -65,7 +65,7 @@ def test_a_submitted_job_trains_to_the_end_and_a_stranger_is_refused(cluster: di
     refused = subprocess.run([str(BIN / "ray"), "job", "list"], env=stranger, capture_output=True, timeout=60, check=False)
     assert refused.returncode != 0
 
-    train = ["python", "-m", "sgpo_dist", "train", "--config", "tests/integration/smoke.yaml", "preference.total_steps=1", f"output_dir={tmp_path}"]
+    train = ["python", "-m", "sgpo_dist", "train", "--config", "examples/smoke.yaml", "preference.total_steps=1", f"output_dir={tmp_path}"]
     submit = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", *train]
     done = subprocess.run(submit, cwd=ROOT, env=cluster, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
