@@ -492,8 +492,9 @@ class RayWorker:
         return await call(self.handle.heartbeat.remote(), self.worker_id, self.spec.heartbeat_timeout_s)
 
     async def stop(self) -> None:
-        """Within ``STOP_S``."""
+        """Within ``STOP_S``. An actor that stopped in good order is left to Ray, which would report a signal from us as a crash."""
         await call(self.handle.stop.remote(), self.worker_id, STOP_S)
+        self.processes = self.processes[1:]
 
     def kill(self) -> None:
         """Ray kills the actor and its engine follows; on this machine all are also killed by number, which reaches a stopped one."""
