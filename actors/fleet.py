@@ -156,11 +156,11 @@ class Launcher(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _Member:
-    """A place in the fleet and who fills it. ``version`` is the newest that this worker proved."""
+    """A place in the fleet and who fills it. ``bundle`` is the newest that this worker proved."""
 
     index: int
     worker: Worker
-    version: int = -1
+    bundle: WeightBundle | None = None
     task: GenerationTask | None = None
     stats: WorkerStats | None = None
     pairs: int = 0
@@ -299,11 +299,10 @@ class RayFleet:
 
     async def _hand_weights(self, member: _Member) -> None:
         """Bring a worker to the version of the moment, which may change meanwhile; its proofs are judged here."""
-        while self._bundle is not None and member.version != self._bundle.version:
-            bundle = self._bundle
+        while (bundle := self._bundle) is not None and member.bundle is not bundle:
             proof = await member.worker.receive(bundle)
             check_proof(bundle, proof, self._spec.tolerance)
-            member.version = bundle.version
+            member.bundle = bundle
             self._proofs[member.worker.worker_id] = proof
 
     async def _ask(self, member: _Member, requests: Sequence[GenerateRequest], numbers: Sequence[int], answers: dict[int, Completion]) -> None:
