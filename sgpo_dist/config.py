@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sgpo_dist.errors import ConfigError
 
@@ -26,6 +26,11 @@ Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 StageName = Literal["sft", "improver", "preference"]
 ReviserName = Literal["self", "blend", "tidy", "repair"]
+
+
+def _off(value: Any) -> Any:
+    """YAML 1.1 reads the bare word off as False; where 'off' is a choice it means the word."""
+    return "off" if value is False else value
 
 
 class Section(BaseModel):
@@ -107,7 +112,9 @@ class ImproverConfig(Section):
     replay: Literal["self", "reference", "none"] = Field("reference", description="Policy rows mixed 1:1: its own drafts, the references, or none.")
     blend_budget: Share = Field(0.5, description="Reviser 'blend': share of the draft's sentences that may be replaced.")
     filter: FilterConfig = Field(default_factory=FilterConfig, description="Sanity filters of the revisions.")
-    gate: Literal["stop", "warn", "off"] = Field("warn", description="What to do when rewrites do not beat drafts on held-out prompts.")
+    gate: Annotated[Literal["stop", "warn", "off"], BeforeValidator(_off)] = Field(
+        "warn", description="What to do when rewrites do not beat drafts on held-out prompts."
+    )
 
 
 class PairGateConfig(Section):
@@ -208,7 +215,9 @@ class LoggingConfig(Section):
     """What is recorded and shown."""
 
     report_to: list[Literal["tensorboard", "wandb"]] = Field(["tensorboard"], description="Trackers beside metrics.jsonl.")
-    progress: Literal["auto", "rich", "plain", "off"] = Field("auto", description="Live display; auto: rich on a terminal, plain lines otherwise.")
+    progress: Annotated[Literal["auto", "rich", "plain", "off"], BeforeValidator(_off)] = Field(
+        "auto", description="Live display; auto: rich on a terminal, plain lines otherwise."
+    )
     level: Literal["DEBUG", "INFO", "WARNING"] = Field("INFO", description="Level of the log files.")
 
 

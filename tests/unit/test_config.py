@@ -151,3 +151,10 @@ def test_the_configuration_page_is_current() -> None:
     assert page == configuration_page(), "run: python -m sgpo_dist config-reference --write docs/configuration.md"
     missing = [name for name in leaf_names(Config) if f"`{name}`" not in page]
     assert missing == []
+
+
+def test_the_bare_word_off_means_off_and_not_false() -> None:
+    config = load_config(None, ["logging.progress=off", "improver.gate=off"], environment={})
+    assert (config.logging.progress, config.improver.gate) == ("off", "off")
+    with pytest.raises(ConfigError, match=r"improver\.gate"):
+        load_config(None, ["improver.gate=on"], environment={})
