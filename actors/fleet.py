@@ -528,12 +528,13 @@ class RolloutActor:
             cores = share_cores(sorted(os.sched_getaffinity(0)), spec.index, spec.count)
             engine_spec = replace(engine_spec, cpu_cores=cores)
         os.environ.update(engine_environment(engine_spec))
-        self._engine = VllmEngine(engine_spec)
+        book = PromptBook(load_tokenizer(engine_spec.model_dir), fleet.template)
+        self._engine = VllmEngine(replace(engine_spec, stop_token_ids=(book.eos_id,)))
         self._worker = RolloutWorker(
             RolloutSettings(spec.worker_id, engine_spec.max_model_len, fleet.tolerance, fleet.concurrency, fleet.lease_s),
             self._engine,
             self._buffer,
-            PromptBook(load_tokenizer(engine_spec.model_dir), fleet.template),
+            book,
             partial(gated_outcome, fleet.gate),
             leave,
         )

@@ -1,24 +1,32 @@
 """Revisers: who rewrites a draft while improver data is built (stage 1). One step toward better, never a new answer.
 
 Called by the rollout workers in place of the improver role. ``tidy`` and ``blend`` are plain text work, ``repair`` calls the user's own
-function, ``self`` asks the model with the reference in view. None means that there is nothing to repair. Leaves out: sampling, turning
-text into tokens, and the gate that judges the result.
+function, ``self`` asks the model and ``openai`` a stronger one with the reference in view, ``file`` has the rows already, ``reference``
+jumps straight to the reference. None means that there is nothing to repair, ReviserRefused that a revision could not be had.
+Leaves out: sampling, turning text into tokens, and the gate that judges the result.
 """
 
 from __future__ import annotations
 
 import asyncio
-import importlib
+import json
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Protocol
+from importlib import resources
+from typing import Final, Protocol
 
-from sgpo_dist.errors import ConfigError, DataError
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from sgpo_dist.data.revisions import Revisions, load_revisions
+from sgpo_dist.endpoint import Endpoint, EndpointFailed
+from sgpo_dist.errors import ConfigError, DataError, SgpoError
 from sgpo_dist.prompts import PromptBook, parse_refinement
-from sgpo_dist.records import Completion, FinishReason, Prompt
+from sgpo_dist.records import Completion, FinishReason, Message, Prompt, RefusalReason
 from sgpo_dist.textual import ends_complete, overlap, plain_words, sentences, similarity
+from sgpo_dist.user_function import load_function
 
 Ask = Callable[[tuple[int, ...]], Awaitable[Completion]]
 """Generates from token ids; seeded, sampled and bounded in time by whoever hands it in."""
@@ -27,13 +35,33 @@ Repair = Callable[[str, str | None, str], str | None]
 DEFAULT: Final = "default"
 _STRUCTURED: Final = re.compile(r"\s*[{\[]|.*```", re.DOTALL)
 _LEAD_IN: Final = (":", ",", ";", "-")
+_MOST_OBJECTS: Final = 32
+"""So many opening braces of an endpoint's answer are tried as the start of its JSON object."""
+_ANSWER_SCHEMA: Final = {
+    "type": "object",
+    "properties": {"reasoning": {"type": "string"}, "revision": {"type": "string"}},
+    "required": ["reasoning", "revision"],
+    "additionalProperties": False,
+}
+
+
+class ReviserRefused(SgpoError):
+    """This draft gets no revision, for a reason other than that it needs none: its prompt is refused under ``reason``, the run goes on."""
+
+    def __init__(self, reason: RefusalReason, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
 
 
 class Reviser(Protocol):
-    """Rewrites a draft; None when it finds nothing to repair."""
+    """Rewrites a draft; None when it finds nothing to repair. One serves many prompts at once, but for ``self``, whose ``ask`` is a prompt's own."""
 
     async def revise(self, prompt: Prompt, draft: Completion) -> str | None:
-        """The rewritten text, to be ended by an end-of-turn token."""
+        """The rewritten text, to be ended by an end-of-turn token. Raises ReviserRefused when it could not be had."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +140,53 @@ class SelfReviser:
 
 
 @dataclass(frozen=True, slots=True)
+class EndpointReviser:
+    """A model behind an endpoint compares the draft with the reference, reasons, then edits as little as it can."""
+
+    endpoint: Endpoint
+    template: jinja2.Template
+
+    async def revise(self, prompt: Prompt, draft: Completion) -> str | None:
+        """None when the draft comes back as it was. Raises ReviserRefused: no reference, no readable answer, or the reference itself."""
+        reference = _reference(prompt)
+        question = self.template.render(turns=prompt.messages, draft=draft.text.strip(), reference=reference)
+        try:
+            answer = await self.endpoint.ask([Message("user", question)], _ANSWER_SCHEMA)
+        except EndpointFailed as problem:
+            raise ReviserRefused(RefusalReason.UNJUDGED, str(problem)) from problem
+        revision = parse_revision(answer)
+        if revision is None:
+            raise ReviserRefused(RefusalReason.UNJUDGED, "the endpoint's answer is not the JSON object that was asked for")
+        if revision == reference != draft.text.strip():
+            raise ReviserRefused(RefusalReason.REFERENCE_LEAK, "the endpoint gave the reference back in place of a revision")
+        return None if revision == draft.text.strip() else revision
+
+
+@dataclass(frozen=True, slots=True)
+class FileReviser:
+    """Revisions that were made before, by prompt."""
+
+    revisions: Revisions
+
+    async def revise(self, prompt: Prompt, draft: Completion) -> str | None:
+        """None when the draft is the revision. Raises ReviserRefused for a prompt without a row."""
+        revision = self.revisions.of(prompt)
+        if revision is None:
+            raise ReviserRefused(RefusalReason.NOTHING_TO_REPAIR, "improver.revisions_path has no row for the prompt")
+        return None if revision == draft.text.strip() else revision
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceReviser:
+    """The reference is the revision: a jump instead of a step, the improver target of SynPO."""
+
+    async def revise(self, prompt: Prompt, draft: Completion) -> str | None:
+        """None when the draft is the reference. Raises ReviserRefused without a reference."""
+        reference = _reference(prompt)
+        return None if reference == draft.text.strip() else reference
+
+
+@dataclass(frozen=True, slots=True)
 class ByPromptSource:
     """Another reviser for each source of prompts; ``default`` for the rest."""
 
@@ -133,40 +208,50 @@ def build_reviser(
     limits: TidyLimits = TIDY_LIMITS,
     book: PromptBook | None = None,
     ask: Ask | None = None,
+    endpoint: Endpoint | None = None,
+    revisions_path: str = "",
 ) -> Reviser:
-    """The reviser of a name (self, blend, tidy, repair), or one by source. ``self`` needs ``book`` and ``ask``, ``repair`` its function.
+    """The reviser of a name, or one by source. ``self`` needs ``book`` and ``ask``, ``repair`` its function, ``openai`` an ``endpoint``.
 
-    Raises ConfigError for an unknown name, a function that cannot be imported, or a missing need.
+    Build once a task (``file`` reads its rows here), but ``self`` once a prompt. Raises ConfigError for an unknown name, a function or
+    file that cannot be had, or a missing need, and DataError for a bad row.
     """
     if not isinstance(name, str):
         build = partial(build_reviser, repair=repair, blend_budget=blend_budget, limits=limits, book=book, ask=ask)
+        build = partial(build, endpoint=endpoint, revisions_path=revisions_path)
         parts = {source: build(one) for source, one in name.items()}
         return parts[DEFAULT] if set(parts) == {DEFAULT} else ByPromptSource(parts)
-    if name == "tidy":
-        return Tidy(limits)
-    if name == "blend":
-        return Blend(blend_budget)
-    if name == "repair":
-        return Repairer(repair, load_repair(repair))
-    if name == "self" and book is not None and ask is not None:
-        return SelfReviser(book, ask)
-    raise ConfigError(f"improver.reviser '{name}' is not available here; choose one of self, blend, tidy, repair")
+    makers: dict[str, Callable[[], Reviser]] = {
+        "tidy": lambda: Tidy(limits),
+        "blend": lambda: Blend(blend_budget),
+        "repair": lambda: Repairer(repair, load_function(repair, "improver.repair")),
+        "file": lambda: FileReviser(load_revisions(revisions_path)),
+        "reference": ReferenceReviser,
+    }
+    if book is not None and ask is not None:
+        makers["self"] = partial(SelfReviser, book, ask)
+    if endpoint is not None:
+        makers["openai"] = lambda: EndpointReviser(endpoint, _endpoint_template())
+    if name not in makers:
+        raise ConfigError(f"improver.reviser '{name}' is not available here; choose one of {', '.join(sorted(makers))}")
+    return makers[name]()
 
 
-def load_repair(name: str) -> Repair:
-    """The user's 'module:function'. Raises ConfigError, one line, when it cannot be had."""
-    module_name, separator, function_name = name.partition(":")
-    if not separator or not module_name or not function_name:
-        raise ConfigError(f"improver.repair must be 'module:function', not '{name}'")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as problem:  # importing runs the user's code
-        raise ConfigError(f"improver.repair: module '{module_name}' cannot be imported: {_one_line(problem)}") from problem
-    function: Any = getattr(module, function_name, None)
-    if not callable(function):
-        raise ConfigError(f"improver.repair: module '{module_name}' has no function '{function_name}'")
-    repair: Repair = function
-    return repair
+def parse_revision(answer: str) -> str | None:
+    """The field ``revision`` of the first JSON object in an endpoint's answer that has one, not blank; None without one.
+
+    Text around the object (fences, thoughts, greetings) and raw line breaks in its strings are let pass; a truncated object is not.
+    """
+    decoder = json.JSONDecoder(strict=False)
+    for brace in [match.start() for match in re.finditer(r"\{", answer)][:_MOST_OBJECTS]:
+        try:
+            found, _ = decoder.raw_decode(answer, brace)
+        except (ValueError, RecursionError):
+            continue
+        revision = found.get("revision")
+        if isinstance(revision, str) and revision.strip():
+            return revision.strip()
+    return None
 
 
 def tidied(text: str, ended: bool, limits: TidyLimits = TIDY_LIMITS) -> str | None:
@@ -234,6 +319,18 @@ def _first_that_fit(pieces: list[str], limits: TidyLimits) -> list[str]:
 
 def _one_line(problem: Exception) -> str:
     return " ".join(f"{type(problem).__name__}: {problem}".split())
+
+
+def _reference(prompt: Prompt) -> str:
+    if prompt.reference is None:
+        raise ReviserRefused(RefusalReason.NO_REFERENCE, "the prompt has no reference to revise toward")
+    return prompt.reference.strip()
+
+
+def _endpoint_template() -> jinja2.Template:
+    text = (resources.files("sgpo_dist") / "templates" / "endpoint_reviser.v1.jinja").read_text(encoding="utf-8")
+    environment = ImmutableSandboxedEnvironment(autoescape=False, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(text)
 
 
 def _leads_on(pieces: list[str]) -> bool:

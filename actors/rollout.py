@@ -1,9 +1,10 @@
-"""A rollout worker: leases prompts, walks each one from answer to outcome, puts the outcomes back, and takes new weights in between.
+"""A rollout worker: leases prompts, has each one walked to its outcome, puts the outcomes back, and takes new weights in between.
 
-    lease -> policy ids -> answer -> improver (or reviser) -> gate -> put          one coroutine a prompt, so the engine stays full
+    lease -> walk (response, refinement, gate) -> put          one coroutine a prompt, so the engine stays full
 
-The fleet runs one as a Ray actor; everything it works with is handed in. Knows nothing of Ray, vLLM, other workers, or staleness: the
-buffer grants no more than may be made. A worker whose engine is dead or holds unproved weights ends itself; the fleet replaces it.
+The fleet runs one as a Ray actor; everything it works with is handed in. Knows nothing of Ray, vLLM, other workers, of how pairs are made
+(``walk``), or of staleness: the buffer grants no more than may be made. A worker whose engine is dead or holds unproved weights ends
+itself; the fleet replaces it.
 """
 
 from __future__ import annotations
@@ -12,26 +13,25 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import psutil
 
-from actors.revisers import Ask, build_reviser
+from actors.revisers import build_reviser
+from actors.walk import IMPROVER, JUDGED, OPENAI, SELF, Means, OutcomeMaker, Walker
+from sgpo_dist.config import JudgeConfig
+from sgpo_dist.endpoint import Endpoint
 from sgpo_dist.errors import RunFailed, SgpoError, WorkerFault
+from sgpo_dist.evaluate.judge import PairJudge, build_judge
 from sgpo_dist.prompts import PromptBook
-from sgpo_dist.records import Completion, FinishReason, Outcome, PreferencePair, Refusal, RefusalReason, Role, sampling_seed
-from sgpo_dist.roles import Buffer, Engine, GenerateRequest, GenerationTask, Lease, Sampling, WorkerStats
+from sgpo_dist.records import Completion, Outcome, PreferencePair
+from sgpo_dist.roles import Buffer, Engine, GenerateRequest, GenerationTask, Lease, WorkerStats
 from sgpo_dist.weights.version import WeightBundle, WeightProof, check_proof
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-IMPROVER = "improver"
-DEFAULT = "default"
-MIN_ROOM = 8
-"""Fewer new tokens than this are not worth a generation: the prompt counts as too long."""
 
 
 class LiveEngine(Engine, Protocol):
@@ -39,13 +39,6 @@ class LiveEngine(Engine, Protocol):
 
     async def check(self) -> None:
         """Returns when the engine's processes answer; raises WorkerFault when they are dead. The caller's deadline bounds it."""
-
-
-class OutcomeMaker(Protocol):
-    """Turns the texts of one prompt into its outcome; ``pair_gate.make_outcome`` with its rules bound."""
-
-    def __call__(self, lease: Lease, prompt_ids: tuple[int, ...], response: Completion, refinement: Completion | None, template: str) -> Outcome:
-        """The pair, or the refusal that says why there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +58,10 @@ class RolloutSettings:
 
 
 class RolloutWorker:
-    """See the head of the file. ``die`` ends the process after a fault that nothing here can mend; it gets the reason."""
+    """See the head of the file. ``die`` ends the process after a fault that nothing here can mend; it gets the reason.
+
+    ``make_judge`` (settings, environment, the run's seed) is called once a task of pairs "judge".
+    """
 
     def __init__(
         self,
@@ -76,6 +72,7 @@ class RolloutWorker:
         make_outcome: OutcomeMaker,
         die: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
+        make_judge: Callable[[JudgeConfig, Mapping[str, str], int], PairJudge] = build_judge,
     ) -> None:
         self._settings = settings
         self._engine = engine
@@ -84,7 +81,9 @@ class RolloutWorker:
         self._make_outcome = make_outcome
         self._die = die
         self._clock = clock
+        self._make_judge = make_judge
         self._task: GenerationTask | None = None
+        self._endpoint: Endpoint | None = None
         self._loops: list[asyncio.Task[None]] = []
         self._walks: set[asyncio.Task[None]] = set()
         self._outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
@@ -102,11 +101,34 @@ class RolloutWorker:
         await self._engine.start()
 
     async def begin(self, task: GenerationTask) -> None:
-        """Lease and walk prompts of the task's stage from now on; a task in progress is ended first."""
+        """Lease and walk prompts of the task's stage from now on; a task in progress is ended first.
+
+        Raises ConfigError or DataError when a reviser or the judge that the task names cannot be had.
+        """
         await self.end()
         self._failure = None
+        walker = self._walker(task)
         self._task = task
-        self._loops = [asyncio.create_task(self._guarded(loop(task))) for loop in (self._lease_loop, self._put_loop, self._renew_loop)]
+        loops = self._lease_loop(task, walker), self._put_loop(task), self._renew_loop(task)
+        self._loops = [asyncio.create_task(self._guarded(loop)) for loop in loops]
+
+    def _walker(self, task: GenerationTask) -> Walker:
+        """What is dear to make (an endpoint's client, a file of revisions, a judge) is made here, once for all prompts of the task."""
+        judge = self._make_judge(task.judge, os.environ, int(task.options.get("seed", 0))) if task.pairs == JUDGED else None
+        names = sorted(set(task.refine_with.values()) - {IMPROVER, SELF})
+        self._endpoint = Endpoint(task.endpoint) if OPENAI in names else None
+        revisers = {
+            name: build_reviser(
+                name,
+                repair=task.repair,
+                blend_budget=float(task.options.get("blend_budget", 0.5)),
+                book=self._book,
+                endpoint=self._endpoint,
+                revisions_path=str(task.options.get("revisions_path", "")),
+            )
+            for name in names
+        }
+        return Walker(task, Means(self._book, self._make_outcome, self._settings.max_model_len, self._ask, self._engine.logps, revisers, judge))
 
     async def end(self) -> None:
         """Stop leasing, drop what is in flight and give its leases back; idle until the next ``begin``. Outcomes made are put before."""
@@ -118,6 +140,8 @@ class RolloutWorker:
         await _cancel(self._loops)
         if left:
             await self._put(task, left)
+        if self._endpoint is not None:
+            await self._endpoint.close()
         await self._buffer.give_back(task.incarnation, self._settings.worker_id, crashed=False)
 
     async def receive(self, bundle: WeightBundle) -> WeightProof:
@@ -158,7 +182,7 @@ class RolloutWorker:
 
     # ---- the loops of a task ------------------------------------------------------------------------------------------------------
 
-    async def _lease_loop(self, task: GenerationTask) -> None:
+    async def _lease_loop(self, task: GenerationTask, walker: Walker) -> None:
         """Keep ``concurrency`` prompts in flight. Woken by a finished walk, at the latest after ``poll_s``."""
         settings = self._settings
         while True:
@@ -166,7 +190,7 @@ class RolloutWorker:
             if room > 0:
                 grant = await self._buffer.lease(task.incarnation, settings.worker_id, task.stage, room)
                 for lease in grant.leases:
-                    self._begin_walk(task, lease)
+                    self._begin_walk(walker, lease)
             await self._pause(settings.poll_s)
 
     async def _pause(self, seconds: float) -> None:
@@ -177,12 +201,15 @@ class RolloutWorker:
         await asyncio.wait(self._walks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         await asyncio.sleep(self._settings.gather_s)
 
-    def _begin_walk(self, task: GenerationTask, lease: Lease) -> None:
+    def _begin_walk(self, walker: Walker, lease: Lease) -> None:
         if not self._walks:
             self._idle_s += self._clock() - self._idle_since
-        walk = asyncio.create_task(self._guarded(self._walk(task, lease)))
+        walk = asyncio.create_task(self._guarded(self._walk(walker, lease)))
         self._walks.add(walk)
         walk.add_done_callback(self._end_walk)
+
+    async def _walk(self, walker: Walker, lease: Lease) -> None:
+        self._outcomes.put_nowait(await walker.outcome(lease))
 
     def _end_walk(self, walk: asyncio.Task[None]) -> None:
         self._walks.discard(walk)
@@ -224,67 +251,7 @@ class RolloutWorker:
             self._die(str(problem))
         self._failure = self._failure or problem
 
-    # ---- one prompt ---------------------------------------------------------------------------------------------------------------
-
-    async def _walk(self, task: GenerationTask, lease: Lease) -> None:
-        self._outcomes.put_nowait(await self._outcome(task, lease))
-
-    async def _outcome(self, task: GenerationTask, lease: Lease) -> Outcome:
-        """Answer, refine, judge."""
-        prompt_ids = self._book.policy_ids(lease.prompt)
-        request = self._request(lease, Role.POLICY, prompt_ids, task.policy)
-        if request is None:
-            return _too_long(lease, len(prompt_ids), "the prompt")
-        response = await self._ask(request)
-        if not response.text.strip():
-            return Refusal(lease.uid, lease.stage, lease.prompt.prompt_id, RefusalReason.EMPTY, "the response is empty", response)
-        name = task.refine_with.get(lease.prompt.source) or task.refine_with[DEFAULT]
-        if name == IMPROVER:
-            return await self._improved(task, lease, prompt_ids, response)
-        return await self._revised(task, lease, prompt_ids, response, name)
-
-    async def _improved(self, task: GenerationTask, lease: Lease, prompt_ids: tuple[int, ...], response: Completion) -> Outcome:
-        """The model's own rewrite; the ids that were sampled are kept."""
-        ids = self._book.improver_ids(lease.prompt, response.text)
-        request = self._request(lease, Role.IMPROVER, ids, task.improver)
-        if request is None:
-            return replace(_too_long(lease, len(ids), "the improver's prompt"), response=response)
-        refinement = self._book.unwrapped(await self._ask(request), response.text)
-        return self._make_outcome(lease, prompt_ids, response, refinement, self._book.improver_template)
-
-    async def _revised(self, task: GenerationTask, lease: Lease, prompt_ids: tuple[int, ...], response: Completion, name: str) -> Outcome:
-        """A reviser's rewrite, spelled as the model would have sampled it."""
-        versions = [response.version]
-        blend_budget = float(task.options.get("blend_budget", 0.5))
-        ask = self._reviser_ask(task, lease, versions)
-        reviser = build_reviser(name, repair=task.repair, blend_budget=blend_budget, book=self._book, ask=ask)
-        text = await reviser.revise(lease.prompt, response)
-        template = self._book.reviser_template if name == "self" else name
-        if text is None:
-            return self._make_outcome(lease, prompt_ids, response, None, template)
-        refinement = Completion(text, self._book.completion_ids(text), FinishReason.STOP, min(versions))
-        return self._make_outcome(lease, prompt_ids, response, refinement, template)
-
-    def _reviser_ask(self, task: GenerationTask, lease: Lease, versions: list[int]) -> Ask:
-        """What a reviser asks the model with: seeded and sampled as the improver role. Versions that answered are added to ``versions``."""
-
-        async def ask(ids: tuple[int, ...]) -> Completion:
-            request = self._request(lease, Role.IMPROVER, ids, task.improver)
-            if request is None:
-                return Completion("", (), FinishReason.LENGTH, versions[0])
-            answer = await self._ask(request)
-            versions.append(answer.version)
-            return answer
-
-        return ask
-
-    def _request(self, lease: Lease, role: Role, ids: tuple[int, ...], how: Sampling) -> GenerateRequest | None:
-        """The request, its length cut to the context's room; None when there is no room worth a generation."""
-        room = min(how.max_new_tokens, self._settings.max_model_len - len(ids))
-        if room < min(MIN_ROOM, how.max_new_tokens):
-            return None
-        name = f"{lease.uid}-{role}-{lease.attempt}"
-        return GenerateRequest(name, ids, replace(how, max_new_tokens=room), sampling_seed(lease.uid, role))
+    # ---- the engine ---------------------------------------------------------------------------------------------------------------
 
     async def _ask(self, request: GenerateRequest) -> Completion:
         answer = await self._mortal(self._engine.generate(request))
@@ -317,10 +284,6 @@ def leave(reason: str) -> None:
     logger.critical("this worker ends itself: %s", reason)
     logging.shutdown()
     os._exit(1)
-
-
-def _too_long(lease: Lease, tokens: int, what: str) -> Refusal:
-    return Refusal(lease.uid, lease.stage, lease.prompt.prompt_id, RefusalReason.PROMPT_TOO_LONG, f"{what} has {tokens} tokens")
 
 
 def _drained(queue: asyncio.Queue[Outcome]) -> list[Outcome]:

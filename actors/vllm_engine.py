@@ -35,7 +35,8 @@ class EngineSpec:
     ``transport`` is shm, nccl or ipc. ``cpu_cores`` are the cores of a CPU engine (None: all this process may use). ``kv_cache_gib`` bounds
     a CPU engine's KV cache, ``gpu_memory_utilization`` a GPU engine's memory. ``probes`` are scored after each received version.
     ``engine_kwargs`` go to vLLM unchanged and win over everything here. With requests in flight and no token for ``stuck_s`` the engine
-    counts as hung. ``repack_tied_head`` is for one regression test only.
+    counts as hung. ``stop_token_ids`` end an answer beside the model's own end token (a chat template may close turns
+    with another one). ``repack_tied_head`` is for one regression test only.
     """
 
     model_dir: str
@@ -54,6 +55,7 @@ class EngineSpec:
     max_num_seqs: int = 128
     worker_id: str = "engine"
     stuck_s: float = 300.0
+    stop_token_ids: tuple[int, ...] = ()
     repack_tied_head: bool = True
 
 
@@ -132,7 +134,7 @@ class VllmEngine:
         """
         from vllm import SamplingParams
 
-        params = SamplingParams(**sampling_arguments(request.sampling, request.seed))
+        params = SamplingParams(**sampling_arguments(request.sampling, request.seed, self._spec.stop_token_ids))
         version = self._version
         output = await self._run(request.request_id, request.prompt_ids, params)
         answer = output.outputs[0]
@@ -280,7 +282,7 @@ class VllmEngine:
             raise WorkerFault(ROLE, self._broken or "not started")
 
 
-def sampling_arguments(sampling: Sampling, seed: int) -> dict[str, Any]:
+def sampling_arguments(sampling: Sampling, seed: int, stop_token_ids: Sequence[int] = ()) -> dict[str, Any]:
     """vLLM's names for how one request samples; the end token belongs to the ids, special tokens do not belong to the text."""
     return {
         "temperature": sampling.temperature,
@@ -288,6 +290,7 @@ def sampling_arguments(sampling: Sampling, seed: int) -> dict[str, Any]:
         "top_k": sampling.top_k,
         "max_tokens": sampling.max_new_tokens,
         "seed": seed,
+        "stop_token_ids": list(stop_token_ids),
         "skip_special_tokens": True,
     }
 

@@ -4,10 +4,11 @@ Called by the learner on each rank. A row of a pair is ``shared | chosen rest | 
 the leading tokens both completions have in common, so neither is computed twice, and a mask keeps the two branches from seeing each
 other. A row of an NLL example is one unbranched sequence. Rows of like length are padded into one micro-batch: on two cores that
 was 2.6 times as fast as packing all rows into one sequence with a block-diagonal mask, whose attention grows with the square of the
-whole micro-batch. Leaves out: models, losses and what a batch means.
+whole micro-batch. Where padding costs more than masked attention (a GPU), short rows can share sequences no longer than the longest row.
+Leaves out: models, losses and what a batch means.
 
-Shapes: ``_B`` = rows, ``_L`` = positions of the longest row, ``_N`` = scored tokens, ``_S`` = segments of a row
-(shared, then one a branch).
+Shapes: ``_B`` = sequences (one a row unless packed), ``_L`` = positions of the longest, ``_R`` = rows, ``_N`` = scored tokens,
+``_S`` = segments of a row (shared, then one a branch).
 """
 
 from __future__ import annotations
@@ -29,11 +30,15 @@ PADDING = -1
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row. Tokens of ``shared`` from ``prompt_length`` on and all tokens of the branches are scored."""
+    """One row. Tokens of ``shared`` from ``prompt_length`` on and all tokens of the branches are scored.
+
+    ``weights`` scale the scored tokens in ``weighted_sums``; empty = all 1.
+    """
 
     prompt_length: int
     shared: tuple[int, ...]
     branches: tuple[tuple[int, ...], ...] = ()
+    weights: tuple[float, ...] = ()
 
     @property
     def length(self) -> int:
@@ -47,7 +52,7 @@ class MicroBatch:
 
     ``mask_B1LL`` is True where a query (third axis) may see a key; None when plain causal attention will do. Scored token n is
     ``target_N[n]``, predicted at flat position ``index_N[n]`` of the hidden states, and belongs to ``segment_N[n]``
-    = row * num_segments + segment.
+    = row * num_segments + segment. ``weight_N`` is None when every token weighs 1.
     """
 
     input_ids_B_L: Tensor
@@ -56,21 +61,22 @@ class MicroBatch:
     index_N: Tensor
     target_N: Tensor
     segment_N: Tensor
+    weight_N: Tensor | None
     num_rows: int
     num_segments: int
     num_tokens: int
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on ``device``."""
-        mask_B1LL = None if self.mask_B1LL is None else self.mask_B1LL.to(device)
         return replace(
             self,
             input_ids_B_L=self.input_ids_B_L.to(device),
             positions_B_L=self.positions_B_L.to(device),
-            mask_B1LL=mask_B1LL,
+            mask_B1LL=None if self.mask_B1LL is None else self.mask_B1LL.to(device),
             index_N=self.index_N.to(device),
             target_N=self.target_N.to(device),
             segment_N=self.segment_N.to(device),
+            weight_N=None if self.weight_N is None else self.weight_N.to(device),
         )
 
 
@@ -83,9 +89,11 @@ def pair_row(pair: PreferencePair) -> Row:
 
 
 def example_row(example: TokenExample) -> Row:
-    """The row of an NLL example. Raises DataError when the prompt or the completion has no tokens."""
+    """The row of an NLL example. Raises DataError when the prompt or the completion has no tokens, or a weight is missing."""
     _check(example.uid, example.prompt_ids, example.completion_ids)
-    return Row(len(example.prompt_ids), example.prompt_ids + example.completion_ids)
+    if example.token_weights and len(example.token_weights) != len(example.completion_ids):
+        raise DataError(f"row '{example.uid}' has {len(example.token_weights)} token weights for {len(example.completion_ids)} tokens; give one each")
+    return Row(len(example.prompt_ids), example.prompt_ids + example.completion_ids, weights=example.token_weights)
 
 
 def probe_row(probe: ProbeRow) -> Row:
@@ -111,27 +119,44 @@ def collate_examples(examples: Sequence[TokenExample]) -> MicroBatch:
 
 def collate(rows: Sequence[Row]) -> MicroBatch:
     """One micro-batch of rows with equally many branches, padded on the right with token 0, which nothing sees."""
-    width = max(row.length for row in rows)
+    return collate_packed([[row] for row in rows])
+
+
+def collate_packed(sequences: Sequence[Sequence[Row]]) -> MicroBatch:
+    """The same with several rows a sequence, end to end: each has positions of its own and sees no other, so it scores as if alone."""
+    rows = [row for sequence in sequences for row in sequence]
     num_segments = 1 + len(rows[0].branches)
-    ids, positions, branches = [], [], []
+    width = max(sum(row.length for row in sequence) for sequence in sequences)
+    ids: list[int] = []
+    positions: list[int] = []
+    owners: list[int] = []
     index, target, segment = [], [], []
-    for number, row in enumerate(rows):
-        tokens, places, owners = _lay_out(row)
-        padding = width - row.length
-        ids.append(tokens + [0] * padding)
-        positions.append(places + [0] * padding)
-        branches.append(owners + [PADDING] * padding)
-        for place, token, part in _scored(row):
-            index.append(number * width + place)
-            target.append(token)
-            segment.append(number * num_segments + part)
+    number = 0
+    for sequence in sequences:
+        end = len(ids) + width
+        for row in sequence:
+            tokens, places, parts = _lay_out(row)
+            for place, token, part in _scored(row):
+                index.append(len(ids) + place)
+                target.append(token)
+                segment.append(number * num_segments + part)
+            ids += tokens
+            positions += places
+            owners += [number * num_segments + part for part in parts]
+            number += 1
+        padding = end - len(ids)
+        ids += [0] * padding
+        positions += [0] * padding
+        owners += [PADDING] * padding
+    masked = num_segments > 1 or len(rows) > len(sequences)
     return MicroBatch(
-        input_ids_B_L=torch.tensor(ids),
-        positions_B_L=torch.tensor(positions),
-        mask_B1LL=_visible(torch.tensor(branches)) if num_segments > 1 else None,
+        input_ids_B_L=torch.tensor(ids).view(-1, width),
+        positions_B_L=torch.tensor(positions).view(-1, width),
+        mask_B1LL=_visible(torch.tensor(owners).view(-1, width), num_segments) if masked else None,
         index_N=torch.tensor(index),
         target_N=torch.tensor(target),
         segment_N=torch.tensor(segment),
+        weight_N=_weights(rows),
         num_rows=len(rows),
         num_segments=num_segments,
         num_tokens=sum(row.length for row in rows),
@@ -139,16 +164,35 @@ def collate(rows: Sequence[Row]) -> MicroBatch:
 
 
 def segment_sums(logps_N: Tensor, batch: MicroBatch) -> Tensor:
-    """Summed log-probs of every segment, ``[B, S]``."""
+    """Summed log-probs of every segment, ``[R, S]``."""
     sums = torch.zeros(batch.num_rows * batch.num_segments, dtype=logps_N.dtype, device=logps_N.device)
     return sums.index_add(0, batch.segment_N, logps_N).view(batch.num_rows, batch.num_segments)
 
 
+def weighted_sums(logps_N: Tensor, batch: MicroBatch) -> Tensor:
+    """The same with each token's log-prob times its weight, ``[R, S]``."""
+    return segment_sums(logps_N if batch.weight_N is None else logps_N * batch.weight_N, batch)
+
+
 def pair_logps(logps_N: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """Summed log-probs ``(chosen_P, rejected_P)`` of whole completions; the common leading tokens count for both."""
-    sums_B_S = segment_sums(logps_N, batch)
-    shared_P = sums_B_S[:, SHARED]
-    return shared_P + sums_B_S[:, 1], shared_P + sums_B_S[:, 2]
+    sums_R_S = segment_sums(logps_N, batch)
+    shared_P = sums_R_S[:, SHARED]
+    return shared_P + sums_R_S[:, 1], shared_P + sums_R_S[:, 2]
+
+
+def pack(lengths: Sequence[int]) -> list[tuple[int, ...]]:
+    """Row numbers by sequence: longest first, each into the first sequence with room. No sequence is longer than the longest row."""
+    sequences: list[tuple[int, ...]] = []
+    room: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda n: (-lengths[n], n)):
+        place = next((place for place, free in enumerate(room) if lengths[number] <= free), len(room))
+        if place == len(room):
+            sequences.append(())
+            room.append(max(lengths))
+        sequences[place] += (number,)
+        room[place] -= lengths[number]
+    return sequences
 
 
 def plan_micro_batches(lengths: Sequence[int], num_ranks: int, max_tokens: int) -> list[list[list[int]]]:
@@ -200,13 +244,25 @@ def _scored(row: Row) -> list[tuple[int, int, int]]:
     return scored
 
 
-def _visible(owners_B_L: Tensor) -> Tensor:
-    """``[B, 1, L, L]``: earlier places of the shared part and of one's own branch. Padding sees the shared part, so no query is blind."""
+def _weights(rows: Sequence[Row]) -> Tensor | None:
+    """The weights of all scored tokens (float32), or None when no row has any."""
+    if not any(row.weights for row in rows):
+        return None
+    return torch.tensor([weight for row in rows for weight in row.weights or [1.0] * len(_scored(row))])
+
+
+def _visible(owners_B_L: Tensor, num_segments: int) -> Tensor:
+    """``[B, 1, L, L]``: earlier places of one's own row, in the shared part or one's own branch. Padding sees padding, so no query is blind.
+
+    ``owners_B_L`` is row * num_segments + segment, or PADDING.
+    """
     width = owners_B_L.shape[1]
     causal_L_L = torch.ones(width, width, dtype=torch.bool).tril()
-    same_B_L_L = owners_B_L[:, :, None] == owners_B_L[:, None, :]
-    shared_B_1_L = (owners_B_L == SHARED)[:, None, :]
-    return (causal_L_L & (same_B_L_L | shared_B_1_L))[:, None]
+    rows_B_L = owners_B_L // num_segments
+    same_row_B_L_L = rows_B_L[:, :, None] == rows_B_L[:, None, :]
+    same_part_B_L_L = owners_B_L[:, :, None] == owners_B_L[:, None, :]
+    shared_B_1_L = (owners_B_L % num_segments == SHARED)[:, None, :]
+    return (causal_L_L & same_row_B_L_L & (same_part_B_L_L | shared_B_1_L))[:, None]
 
 
 def _check(uid: str, *parts: tuple[int, ...]) -> None:

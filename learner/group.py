@@ -151,9 +151,13 @@ class LearnerGroup:
         """See roles.Learner."""
         return cast(Metrics, (await self._call("nll_step", step, list(batch)))[0])
 
-    async def preference_step(self, step: int, batch: Sequence[PreferencePair]) -> Metrics:
+    async def preference_step(self, step: int, batch: Sequence[PreferencePair], replay: Sequence[TokenExample] = ()) -> Metrics:
         """See roles.Learner."""
-        return cast(Metrics, (await self._call("preference_step", step, list(batch)))[0])
+        return cast(Metrics, (await self._call("preference_step", step, list(batch), list(replay)))[0])
+
+    async def refresh_reference(self, directory: str) -> None:
+        """See roles.Learner."""
+        await self._call("refresh_reference", directory)
 
     async def publish(self, version: int) -> WeightBundle:
         """See roles.Learner. Over a device transport the ranks first meet the workers that are new since the last version."""

@@ -1,10 +1,10 @@
 """One rank of the learner: takes its share of every batch, differentiates, steps. Wrapped into a Ray actor by ``group``.
 
-Every rank gets the whole batch and makes the same plan, so ranks agree on shares without talking; scores of all pairs are summed up
+Every rank gets the whole batch and makes the same plan, so ranks agree on shares without talking; scores of all rows are summed up
 once a step, so that loss and metrics are those of the whole batch on every rank. It never drives, never knows a worker. Leaves out:
-processes and deadlines (group), DeepSpeed (deepspeed_engine), transport (weight_sender).
+processes and deadlines (group), what is minimised (objectives), DeepSpeed (deepspeed_engine), transport (weight_sender).
 
-Shapes: ``_P`` = pairs of the whole batch, ``_R`` = examples of the whole batch, ``_m`` = those of one micro-batch.
+Shapes: ``_P`` = pairs of the whole batch, ``_R`` = rows of the whole batch.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ from learner.batch import (
     MicroBatch,
     Row,
     collate,
+    collate_packed,
     empty_row,
     example_row,
+    pack,
     pair_logps,
     pair_row,
     plan_micro_batches,
@@ -41,13 +43,14 @@ from learner.batch import (
     segment_sums,
 )
 from learner.deepspeed_engine import EngineSettings, TrainingEngine, join, leave
-from learner.losses import LOSSES, nll, zero_of
+from learner.losses import LOSSES, REFERENCE_FREE, zero_of
 from learner.model import DTYPES, CompletionScorer, adapters_off, load_model, load_reference
+from learner.objectives import Objective, nll_objective, preference_objective
 from learner.weight_sender import DeviceLink, WeightSender, WeightSource, build_sender, wire_dtype
 from sgpo_dist.config import LearnerConfig, ModelConfig
 from sgpo_dist.errors import CheckpointError, ConfigError, RunFailed
 from sgpo_dist.records import PreferencePair, TokenExample
-from sgpo_dist.roles import LearnerStage, LossPlan
+from sgpo_dist.roles import LearnerStage
 from sgpo_dist.weights.version import ProbeRow, WeightBundle
 
 TOKENIZER_FILES: Final = ("*token*", "vocab*", "merges.txt", "chat_template*", "generation_config.json", "*.py")
@@ -112,10 +115,14 @@ class LearnerRank:
         """Of the process this rank lives in. Not a collective."""
         return os.getpid()
 
-    def stop(self) -> None:
-        """Remove published files, leave the group."""
+    def release(self) -> None:
+        """Let go of the stage and of published files; the group stays."""
         self._drop_sender()
         self._end_stage()
+
+    def stop(self) -> None:
+        """Remove published files, leave the group."""
+        self.release()
         leave()
 
     # ---- training --------------------------------------------------------------------------------------------------------------
@@ -129,53 +136,34 @@ class LearnerRank:
         torch.manual_seed(spec.seed)
         attention, checkpointing = spec.learner.attn_implementation, spec.learner.gradient_checkpointing
         scorer = load_model(stage.model_dir, spec.model, attention, checkpointing, self._device, spec.seed)
-        reference = None
-        if stage.reference_dir is not None and not self._adapters_are_reference(stage):
-            reference = load_reference(stage.reference_dir, spec.model, attention, self._device)
+        reference = self._load_reference(stage, stage.reference_dir)
         self._state = _StageState(stage, TrainingEngine(scorer, stage.optimiser, self._engine_settings()), reference)
+
+    def refresh_reference(self, directory: str) -> None:
+        """From now on the frozen reference is the model in ``directory``. Raises ConfigError with adapters, whose reference is the bare model."""
+        if self._spec.model.lora.enabled:
+            raise ConfigError("with adapters the reference is the model without them; set preference.rounds to 1, or model.lora.enabled to false")
+        state = self._current
+        state.reference_logps.clear()
+        state.reference = None  # let go first: two references need not fit
+        state.reference = self._load_reference(state.stage, directory)
 
     def nll_step(self, step: int, batch: Sequence[TokenExample]) -> dict[str, float]:
         """One optimiser step on mean weighted NLL over completion tokens. Raises RunFailed when the loss is not finite."""
         started = self._clock()
-        rows = [example_row(example) for example in batch]
-        counts_R = torch.tensor([float(len(example.completion_ids)) for example in batch], device=self._device)
-        weights_R = torch.tensor([example.weight for example in batch], device=self._device)
-        logps_R = torch.zeros(len(batch), device=self._device)
-        total = float((counts_R * weights_R).sum())
+        return self._optimise(step, [nll_objective(batch, self._device, packed=self._current.stage.packing)], started)
 
-        def share_of_loss(numbers: Sequence[int], logps_N: Tensor, micro: MicroBatch) -> Tensor:
-            logps_m = segment_sums(logps_N, micro)[:, 0]
-            logps_R[numbers] = logps_m.detach()
-            loss, _ = nll(logps_m, counts_R[numbers], weights_R[numbers])
-            return loss * (float((counts_R * weights_R)[numbers].sum()) / total)
+    def preference_step(self, step: int, batch: Sequence[PreferencePair], replay: Sequence[TokenExample] = ()) -> dict[str, float]:
+        """One optimiser step on the stage's preference loss, plus NLL of the chosen texts, plus the replay rows' NLL by their share.
 
-        self._accumulate(rows, share_of_loss)
-        loss, metrics = nll(self._summed(logps_R), counts_R, weights_R)
-        return self._finish_step(step, float(loss), metrics, rows, started)
-
-    def preference_step(self, step: int, batch: Sequence[PreferencePair]) -> dict[str, float]:
-        """One optimiser step on the stage's preference loss (plus NLL of the chosen texts). Raises RunFailed when it is not finite."""
+        Raises RunFailed when the loss is not finite.
+        """
         started = self._clock()
         rows = [pair_row(pair) for pair in batch]
-        plan = self._current.stage.loss
-        ref_P2 = self._reference_logps(batch, rows)
-        counts_P = torch.tensor([float(len(pair.chosen.token_ids)) for pair in batch], device=self._device)
-        logps_P2 = torch.zeros(len(batch), 2, device=self._device)
-
-        def share_of_loss(numbers: Sequence[int], logps_N: Tensor, micro: MicroBatch) -> Tensor:
-            chosen_m, rejected_m = pair_logps(logps_N, micro)
-            logps_P2[numbers] = torch.stack([chosen_m, rejected_m], dim=1).detach()
-            share = (len(numbers) / len(batch), float(counts_P[numbers].sum() / counts_P.sum()))
-            return _preference_loss(plan, chosen_m, rejected_m, ref_P2[numbers], counts_P[numbers], share)[0]
-
-        self._accumulate(rows, share_of_loss)
-        self._summed(logps_P2)
-        loss, metrics = _preference_loss(plan, logps_P2[:, 0], logps_P2[:, 1], ref_P2, counts_P, (1.0, 1.0))
-        metrics |= {
-            "completions/chosen_length": float(counts_P.mean()),
-            "completions/rejected_length": sum(len(pair.rejected.token_ids) for pair in batch) / len(batch),
-        }
-        metrics = self._finish_step(step, float(loss), metrics, rows, started)
+        objectives: list[Objective] = [preference_objective(batch, rows, self._reference_logps(batch, rows), self._current.stage.loss)]
+        if replay:
+            objectives.append(nll_objective(replay, self._device, coefficient=len(replay) / len(batch), name="replay/nll_loss"))
+        metrics = self._optimise(step, objectives, started)
         return metrics | {"perf/pairs_per_s": len(batch) / metrics["time/step"]}
 
     def logps(self, rows: Sequence[TokenExample]) -> list[float]:
@@ -288,21 +276,38 @@ class LearnerRank:
         if self._spec.transport != "shm":
             self._drop_sender()
 
-    def _micro_batches(self, rows: Sequence[Row]) -> Iterator[tuple[list[int], MicroBatch]]:
-        """This rank's micro-batches with their row numbers; an empty one is a stand-in that keeps the ranks in step."""
-        plan = plan_micro_batches([row.length for row in rows], self._spec.world_size, self._spec.learner.max_tokens_per_micro_batch)
-        for numbers in plan[self._spec.rank]:
-            chosen = [rows[number] for number in numbers] or [empty_row(len(rows[0].branches))]
-            yield numbers, collate(chosen).to(self._device)
+    def _load_reference(self, stage: LearnerStage, directory: str | None) -> CompletionScorer | None:
+        """None where no second model is needed: the loss is NLL or reference-free, or adapters are switched off for it."""
+        if directory is None or stage.loss.loss_type in REFERENCE_FREE or self._adapters_are_reference(stage):
+            return None
+        return load_reference(directory, self._spec.model, self._spec.learner.attn_implementation, self._device)
 
-    def _accumulate(self, rows: Sequence[Row], share_of_loss: Callable[[Sequence[int], Tensor, MicroBatch], Tensor]) -> None:
-        """Forward and backward over this rank's share; the sum over all ranks is the gradient of the whole batch's loss."""
+    def _micro_batches(self, rows: Sequence[Row], packed: bool = False) -> Iterator[tuple[list[int], MicroBatch]]:
+        """This rank's micro-batches with their row numbers; an empty one is a stand-in that keeps the ranks in step."""
+        sequences = pack([row.length for row in rows]) if packed else [(number,) for number in range(len(rows))]
+        lengths = [sum(rows[number].length for number in sequence) for sequence in sequences]
+        plan = plan_micro_batches(lengths, self._spec.world_size, self._spec.learner.max_tokens_per_micro_batch)
+        for places in plan[self._spec.rank]:
+            numbers = [number for place in places for number in sequences[place]]
+            chosen = [[rows[number] for number in sequences[place]] for place in places] or [[empty_row(len(rows[0].branches))]]
+            yield numbers, collate_packed(chosen).to(self._device)
+
+    def _optimise(self, step: int, objectives: Sequence[Objective], started: float) -> dict[str, float]:
+        """Forward and backward over this rank's share of each objective, one after the other on all ranks; then one update by their sum."""
         engine = self._current.engine
-        batches = list(self._micro_batches(rows))
-        for place, (numbers, micro) in enumerate(batches, start=1):
+        batches = [(objective, *batch) for objective in objectives for batch in self._micro_batches(objective.rows, objective.packed)]
+        for place, (objective, numbers, micro) in enumerate(batches, start=1):
             logps_N = engine.score(micro)
-            loss = share_of_loss(numbers, logps_N, micro) if numbers else zero_of(logps_N)
+            loss = objective.share(numbers, logps_N, micro) if numbers else zero_of(logps_N)
             engine.backward(loss, last=place == len(batches))
+        total = 0.0
+        metrics: dict[str, float] = {}
+        for objective in objectives:
+            self._summed(objective.logps)
+            part, measured = objective.total()
+            total += float(part)
+            metrics |= measured
+        return self._finish_step(step, total, metrics, [row for objective in objectives for row in objective.rows], started)
 
     def _finish_step(self, step: int, loss: float, metrics: dict[str, float], rows: Sequence[Row], started: float) -> dict[str, float]:
         """Refuse a broken loss before it reaches the weights, then update them."""
@@ -324,7 +329,12 @@ class LearnerRank:
         }
 
     def _reference_logps(self, batch: Sequence[PreferencePair], rows: Sequence[Row]) -> Tensor:
-        """``[P, 2]`` log-probs under the frozen reference, computed once a pair; all ranks hold the same cache, so they agree what to do."""
+        """``[P, 2]`` log-probs under the frozen reference, computed once a pair; all ranks hold the same cache, so they agree what to do.
+
+        Zeros for a loss that does not read them.
+        """
+        if self._current.stage.loss.loss_type in REFERENCE_FREE:
+            return torch.zeros(len(batch), 2, device=self._device)
         known = self._current.reference_logps
         if any(pair.uid not in known for pair in batch):
             logps_P2 = torch.zeros(len(batch), 2, device=self._device)
@@ -389,18 +399,6 @@ class LearnerRank:
         if self._device.type == "cuda":
             state["cuda"] = torch.cuda.get_rng_state(self._device)
         return state
-
-
-def _preference_loss(
-    plan: LossPlan, chosen_m: Tensor, rejected_m: Tensor, ref_m2: Tensor, counts_m: Tensor, share: tuple[float, float]
-) -> tuple[Tensor, dict[str, float]]:
-    """Preference loss plus ``nll_coef`` times NLL per chosen token; ``share`` = (of the pairs, of the chosen tokens) in the whole batch."""
-    preference, metrics = LOSSES[plan.loss_type](chosen_m, rejected_m, ref_m2[:, 0], ref_m2[:, 1], plan.beta, plan.label_smoothing)
-    likelihood, more = nll(chosen_m, counts_m, torch.ones_like(counts_m))
-    loss = preference * share[0]
-    if plan.nll_coef:
-        loss = loss + plan.nll_coef * likelihood * share[1]
-    return loss, metrics | more
 
 
 @contextmanager

@@ -25,7 +25,8 @@ RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 StageName = Literal["sft", "improver", "preference"]
-ReviserName = Literal["self", "blend", "tidy", "repair"]
+ReviserName = Literal["self", "openai", "file", "reference", "blend", "tidy", "repair"]
+LossName = Literal["sigmoid", "sigmoid_norm", "robust", "ipo", "hinge", "simpo", "apo_zero", "dpop"]
 
 
 def _off(value: Any) -> Any:
@@ -85,8 +86,40 @@ class SftConfig(Section):
     epochs: Positive = Field(1, description="Passes over the rows with references.")
     learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate.")
     train_batch_size: Positive = Field(8, description="Rows per optimiser step.")
+    packing: bool = Field(False, description="Pack short rows into shared sequences (exact; for GPUs, padding is faster on a CPU).")
     schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="After the warm-up.")
     warmup_ratio: Share = Field(0.1, description="Share of the steps that warm up.")
+
+
+class EndpointConfig(Section):
+    """An OpenAI-compatible chat endpoint: a reviser or a judge that is not ours. The key is read from the environment and never written."""
+
+    base_url: str = Field("http://127.0.0.1:8000/v1", description="Up to and with /v1.")
+    model: str = Field("", description="The name that the endpoint serves.")
+    api_key_env: str = Field("OPENAI_API_KEY", description="Environment variable that holds the key; an endpoint without keys needs none.")
+    temperature: float = Field(0.7, ge=0, description="Sampling temperature.")
+    max_tokens: Positive = Field(1024, description="Cap of one answer.")
+    max_concurrency: Positive = Field(8, description="Requests under way at once.")
+    max_retries: int = Field(6, ge=0, description="Further attempts after a 429, a server error or a timeout, with growing, jittered pauses.")
+    timeout_s: float = Field(60.0, gt=0, description="A request without an answer by then is tried again.")
+    token_budget: Positive | None = Field(None, description="Stop asking after this many tokens (sent and received); null = no limit.")
+
+
+class JudgeEndpointConfig(EndpointConfig):
+    """The endpoint of a judge: it answers with one word, always the same."""
+
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature.")
+    max_tokens: Positive = Field(16, description="Cap of one answer.")
+
+
+class JudgeConfig(Section):
+    """Who says which of two answers is better."""
+
+    kind: Literal["embedding", "openai", "scorer"] = Field(
+        "embedding", description="Nearer to the reference in embedding space, an LLM behind an endpoint, or a function of yours."
+    )
+    scorer: str = Field("", description="'module:function' of (text, reference, prompt) -> float, for kind 'scorer'; higher is better.")
+    endpoint: JudgeEndpointConfig = Field(default_factory=JudgeEndpointConfig, description="For kind 'openai'.")
 
 
 class FilterConfig(Section):
@@ -95,7 +128,11 @@ class FilterConfig(Section):
     min_edit_ratio: Share = Field(0.02, description="Floor: a revision that changes less is a no-op.")
     max_length_ratio: float = Field(2.5, gt=1, description="Longest revision allowed, as a multiple of the draft's tokens.")
     fence: float | None = Field(1.5, gt=0, description="Tukey fences Q1 - k*IQR .. Q3 + k*IQR over the statistic; null = off.")
-    fence_statistic: Literal["edit_ratio", "length_ratio"] = Field("edit_ratio", description="What the fences act on.")
+    fence_statistic: Literal["edit_ratio", "length_ratio", "logp_gap", "grader_gain"] = Field(
+        "edit_ratio", description="What the fences act on; logp_gap: log-likelihood per token of revision minus draft under the drafting model."
+    )
+    grader: str = Field("", description="'module:function' of (text, reference, prompt) -> float; revisions must score above their drafts.")
+    min_gain: float = Field(0.0, ge=0, description="A revision's score must exceed its draft's by more than this, when there is a grader.")
 
 
 class ImproverConfig(Section):
@@ -103,13 +140,17 @@ class ImproverConfig(Section):
 
     reviser: ReviserName | dict[str, ReviserName] = Field("tidy", description="Who revises drafts; or a name per data source, with 'default'.")
     repair: str = Field("", description="'module:function' of (draft, reference, prompt) -> revised text or None, for reviser 'repair'.")
+    endpoint: EndpointConfig = Field(default_factory=EndpointConfig, description="For reviser 'openai'.")
+    revisions_path: str = Field("", description="For reviser 'file': JSONL or Parquet rows with prompt (or id) and revision.")
     max_rows: Positive | None = Field(None, description="Draft at most this many prompts.")
+    drafts_per_row: Positive = Field(1, description="Drafts sampled, and revised, per prompt with a reference.")
     epochs: Positive = Field(1, description="Passes over the revisions.")
     learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate.")
     train_batch_size: Positive = Field(8, description="Rows per optimiser step.")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="After the warm-up.")
     warmup_ratio: Share = Field(0.1, description="Share of the steps that warm up.")
     replay: Literal["self", "reference", "none"] = Field("reference", description="Policy rows mixed 1:1: its own drafts, the references, or none.")
+    edit_weight: float = Field(1.0, gt=0, description="Weight of a revision's tokens that differ from the draft, in the improver's loss; 1 = none.")
     blend_budget: Share = Field(0.5, description="Reviser 'blend': share of the draft's sentences that may be replaced.")
     filter: FilterConfig = Field(default_factory=FilterConfig, description="Sanity filters of the revisions.")
     gate: Annotated[Literal["stop", "warn", "off"], BeforeValidator(_off)] = Field(
@@ -127,12 +168,40 @@ class PairGateConfig(Section):
     max_reference_overlap: Share = Field(0.9, description="Refuse a refinement that is the reference to this share of its words.")
 
 
+class AgreementConfig(Section):
+    """Keep a pair only when fresh draws of both roles side with the refinement. Needs no outside signal."""
+
+    draws: int = Field(0, ge=0, description="Fresh draws of each role that vote on a pair; 0 = no vote (vote likelihood needs 1, and draws none).")
+    margin: Positive = Field(2, description="Votes for the refinement minus votes for the response, at least.")
+    vote: Literal["equal", "similarity", "likelihood"] = Field(
+        "equal", description="A draw votes for the text it equals, for the one more like it, or (likelihood) the model's own log-probs decide."
+    )
+    temperature: float = Field(0.7, gt=0, description="Of the draws that vote.")
+
+
+class BrakesConfig(Section):
+    """When the preference stage is collapsing, and what to do then. Limits are means over the last ``window`` steps."""
+
+    action: Annotated[Literal["off", "warn", "pause", "rollback"], BeforeValidator(_off)] = Field(
+        "warn", description="pause: checkpoint and stop (exit 5); rollback: end the stage on the last good checkpoint."
+    )
+    window: Positive = Field(2, description="Steps that are averaged.")
+    max_chosen_drop: float = Field(3.0, gt=0, description="Nats a chosen text may lose against the reference model.")
+    max_rejected_drop: float = Field(15.0, gt=0, description="Nats a rejected text may lose against the reference model.")
+    min_length_ratio: float = Field(0.6, gt=0, description="Mean response length as a multiple of the stage's first steps' mean.")
+    max_length_ratio: float = Field(1.7, gt=1, description="The same, upper limit.")
+    max_repetition: Share = Field(0.4, description="Share of repeated word triples in responses.")
+    min_improver_win_rate: Share = Field(0.0, description="Of the held-out check (preference.health_steps); 0 = not looked at.")
+
+
 class PreferenceConfig(Section):
     """Stage 2: online DPO on self-made pairs."""
 
-    loss_type: Literal["sigmoid"] = Field("sigmoid", description="Preference loss.")
+    loss_type: LossName = Field("sigmoid", description="Preference loss; docs/losses.md has the equations.")
     beta: float = Field(0.1, gt=0, description="Strength of the pull to the reference model.")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of wrongly ordered pairs (conservative DPO).")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Assumed share of wrongly ordered pairs: conservative (sigmoid) or robust DPO.")
+    simpo_gamma: float = Field(0.5, ge=0, description="SimPO's target margin, as a multiple of beta.")
+    dpop_lambda: float = Field(5.0, ge=0, description="DPOP's penalty on a chosen text that becomes less likely than under the reference.")
     nll_coef: float = Field(0.0, ge=0, description="Weight of the chosen text's NLL per token beside the preference loss.")
     learning_rate: float = Field(5e-7, gt=0, description="Peak learning rate; small models and close pairs want 1e-5 to 5e-5.")
     schedule: Literal["linear", "cosine", "constant"] = Field("constant", description="After the warm-up.")
@@ -141,7 +210,21 @@ class PreferenceConfig(Section):
     max_staleness: int = Field(1, ge=0, description="Weight versions a pair may be behind when trained on; 0 = synchronous.")
     samples_per_prompt: Positive = Field(1, description="Pairs tried per prompt.")
     epochs: Positive = Field(1, description="Passes over the prompts, with fresh draws.")
+    pairs: Literal["improver", "reference", "judge", "given"] = Field(
+        "improver", description="improver: SGPO; reference: SPIN; judge: the better of two samples (online DPO); given: the data's own pairs (DPO)."
+    )
+    collect: Literal["online", "first"] = Field("online", description="first: all pairs from the stage's starting model, then train (one pass).")
+    improver_model: str | None = Field(None, description="A separate improver's directory; needs collect: first. null = the one model plays both.")
+    judge: JudgeConfig = Field(default_factory=JudgeConfig, description="For pairs: judge.")
+    offline_ratio: float = Field(0.0, ge=0, lt=1, description="Share of every batch taken from the data's own chosen and rejected answers.")
+    rounds: Positive = Field(1, description="Equal parts of the steps; each begins with the reference model refreshed, on prompts not used before.")
+    ladder: Positive = Field(1, description="Refine so often; each rung is a pair with the one below it.")
+    improver_replay: Share = Field(0.0, description="Improver rows mixed into each step, per pair, so that the improver role is not forgotten.")
+    agreement: AgreementConfig = Field(default_factory=AgreementConfig, description="Vote of fresh draws on each pair.")
+    fence: float | None = Field(None, gt=0, description="Refuse pairs outside Tukey fences (k * IQR) of the improver stage's edit ratios.")
+    health_steps: int = Field(0, ge=0, description="Steps between held-out checks of the improver; 0 = only at the stage's ends.")
     pair_gate: PairGateConfig = Field(default_factory=PairGateConfig, description="Which pairs may train.")
+    brakes: BrakesConfig = Field(default_factory=BrakesConfig, description="Collapse: warn, pause or roll back.")
 
 
 class SamplingConfig(Section):
@@ -151,6 +234,12 @@ class SamplingConfig(Section):
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus.")
     top_k: int = Field(0, ge=0, description="0 = off.")
     max_new_tokens: Positive = Field(256, description="Cap, end token included.")
+
+
+class ImproverSamplingConfig(SamplingConfig):
+    """How the improver samples."""
+
+    temperature: float = Field(0.7, ge=0, description="0 is greedy.")
 
 
 class RolloutConfig(Section):
@@ -164,7 +253,7 @@ class RolloutConfig(Section):
     gpu_memory_utilization: Share = Field(0.85, description="vLLM's share of a GPU's memory.")
     kv_cache_gib: float = Field(1.0, gt=0, description="CPU engines: memory for the KV cache.")
     policy: SamplingConfig = Field(default_factory=SamplingConfig, description="Sampling of responses.")
-    improver: SamplingConfig = Field(default_factory=lambda: SamplingConfig(temperature=0.7), description="Sampling of refinements.")
+    improver: ImproverSamplingConfig = Field(default_factory=ImproverSamplingConfig, description="Sampling of refinements.")
     template: str = Field("v1", description="Version of the improver's prompt template.")
     engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to vLLM unchanged.")
     lease_s: float = Field(300.0, gt=0, description="A prompt not answered in this time goes to another worker.")
@@ -191,6 +280,8 @@ class LearnerConfig(Section):
     threads_per_rank: int = Field(0, ge=0, description="CPU threads of one rank; 0 = cores divided by ranks.")
     deepspeed_config: dict[str, Any] = Field(default_factory=dict, description="Merged over the DeepSpeed configuration we build.")
     step_timeout_s: float = Field(1800.0, gt=0, description="A step that takes longer counts as a hang.")
+    max_restarts: int = Field(3, ge=0, description="Times the learner is rebuilt from the last checkpoint without a new checkpoint between them.")
+    max_bad_steps: int = Field(3, ge=0, description="Steps in a row with a loss or gradient that is not finite: skipped and written down; then stop.")
 
 
 class WeightsConfig(Section):
@@ -209,6 +300,8 @@ class CheckpointConfig(Section):
     save_steps: Positive = Field(25, description="Optimiser steps between checkpoints (stage ends always save).")
     keep_last: Positive = Field(2, description="Newest checkpoints kept.")
     keep_every: int = Field(0, ge=0, description="Also keep every checkpoint whose step is a multiple; 0 = none.")
+    stop_after_minutes: float | None = Field(None, gt=0, description="Checkpoint and stop (exit 5) after so much wall-clock time; null = never.")
+    copy_to: str = Field("", description="A second place for checkpoints, as fsspec names it (a path, s3://...); copied in the background.")
 
 
 class LoggingConfig(Section):
@@ -226,6 +319,9 @@ class EvalConfig(Section):
 
     enabled: bool = Field(True, description="Evaluate the initial model and each stage's result.")
     max_new_tokens: Positive = Field(96, description="Cap of held-out answers.")
+    scorer: str | dict[str, str] = Field(
+        "", description="'module:function' of (text, reference, prompt) -> float in [0, 1] that scores held-out answers; or one a data source."
+    )
 
 
 class ClusterConfig(Section):
@@ -284,9 +380,20 @@ class Config(Section):
         return Path(self.output_dir) / self.run_name
 
     @property
+    def pairs_need_references(self) -> bool:
+        """Whether preference pairs are made on rows with references: as the chosen half, or for a judge to look at."""
+        preference = self.preference
+        return preference.pairs == "reference" or (preference.pairs == "judge" and preference.judge.kind == "embedding")
+
+    @property
+    def made_pairs_per_step(self) -> int:
+        """Pairs of a step that the model makes itself; the rest of the batch is the data's own."""
+        return self.learner.train_batch_size - round(self.preference.offline_ratio * self.learner.train_batch_size)
+
+    @property
     def capacity(self) -> int:
-        """Pairs in generation or waiting, at most: (max_staleness + 1) * train_batch_size * weight_sync_interval."""
-        return (self.preference.max_staleness + 1) * self.learner.train_batch_size * self.weights.weight_sync_interval
+        """Pairs in generation or waiting, at most: (max_staleness + 1) * made_pairs_per_step * weight_sync_interval."""
+        return (self.preference.max_staleness + 1) * self.made_pairs_per_step * self.weights.weight_sync_interval
 
 
 def _impossibilities(config: Config) -> list[str]:
@@ -304,9 +411,37 @@ def _impossibilities(config: Config) -> list[str]:
     revisers = config.improver.reviser.values() if isinstance(config.improver.reviser, dict) else [config.improver.reviser]
     if "repair" in revisers and ":" not in config.improver.repair:
         found.append("improver.reviser 'repair' needs improver.repair set to 'module:function'")
+    found += _impossible_preferences(config)
     if config.weights.transport == "ipc" and config.learner.gpus_per_rank == 0:
         found.append("weights.transport 'ipc' needs learner.gpus_per_rank above 0")
     return found
+
+
+def _impossible_preferences(config: Config) -> list[str]:
+    """The same for the improver and preference stages: (whether it cannot be, what to change)."""
+    preference, improver, judge = config.preference, config.improver, config.preference.judge
+    revisers = improver.reviser.values() if isinstance(improver.reviser, dict) else [improver.reviser]
+    batch, agreement = config.learner.train_batch_size, preference.agreement
+    apart, judged, votes = preference.improver_model is not None, preference.pairs == "judge", 2 * agreement.draws
+    needs_revisions = bool(preference.improver_replay) or preference.fence is not None
+    rules = (
+        ("openai" in revisers and not improver.endpoint.model, "improver.reviser 'openai' needs improver.endpoint.model, a name that it serves"),
+        ("file" in revisers and not improver.revisions_path, "improver.reviser 'file' needs improver.revisions_path"),
+        (improver.filter.fence_statistic == "grader_gain" and not improver.filter.grader, "improver.filter 'grader_gain' needs a grader"),
+        (apart and preference.collect != "first", "preference.improver_model needs preference.collect set to 'first'"),
+        (apart and preference.pairs != "improver", "preference.improver_model needs preference.pairs set to 'improver'"),
+        (apart and preference.ladder > 1, "preference.improver_model needs preference.ladder set to 1"),
+        (preference.collect == "first" and preference.rounds > 1, "preference.rounds above 1 needs preference.collect set to 'online'"),
+        (preference.ladder > 1 and preference.pairs != "improver", "preference.ladder above 1 needs preference.pairs set to 'improver'"),
+        (judged and judge.kind == "openai" and not judge.endpoint.model, "preference.judge 'openai' needs preference.judge.endpoint.model"),
+        (judged and judge.kind == "scorer" and ":" not in judge.scorer, "preference.judge 'scorer' needs preference.judge.scorer: module:function"),
+        (0 < votes < agreement.margin and agreement.vote != "likelihood", f"preference.agreement.margin exceeds the {votes} votes there are"),
+        (preference.rounds > preference.total_steps, f"preference.rounds ({preference.rounds}) exceed preference.total_steps"),
+        (config.model.lora.enabled and preference.rounds > 1, "preference.rounds above 1 needs model.lora.enabled set to false"),
+        (needs_revisions and "improver" not in config.stages, "preference.improver_replay and preference.fence need 'improver' in stages"),
+        (config.made_pairs_per_step < 1, f"preference.offline_ratio {preference.offline_ratio} leaves no own pair in a batch of {batch}"),
+    )
+    return [message for broken, message in rules if broken]
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Config:

@@ -41,6 +41,8 @@ class Status:
     pairs_per_s: float | None = None
     tokens_per_s: float | None = None
     workers: int | None = None
+    win_rate: float | None = None
+    copy_rate: float | None = None
     waits: str = ""
     gate: Mapping[str, int] = field(default_factory=dict)
     eta_s: float | None = None
@@ -158,7 +160,7 @@ def step_line(status: Status) -> str:
     """A step as one plain line: only what is known."""
     parts = [f"{status.stage} {status.step}/{status.total}" if status.total else f"{status.stage} {status.step}"]
     parts += [f"{name} {value}" for name, value in figures(status)]
-    return "  ".join([*parts, status.waits] if status.waits else parts)
+    return "  ".join([*parts, *(text for text in (_health_line(status), status.waits) if text)])
 
 
 def figures(status: Status) -> list[tuple[str, str]]:
@@ -180,7 +182,7 @@ def panel(status: Status, title: str, stages: tuple[str, ...]) -> Panel:
     rows: list[RenderableType] = [_stage_line(status.stage, stages), _progress(status), _figure_table(status)]
     rows += [
         Text(text, style="dim", overflow="ellipsis", no_wrap=True)
-        for text in (_gate_line(status), status.waits, one_line(status.doing))
+        for text in (_health_line(status), _gate_line(status), status.waits, one_line(status.doing))
         if text
     ]
     return Panel(Group(*rows), title=f"sgpo-dist · {title}", title_align="left", border_style="cyan", padding=(0, 1))
@@ -220,6 +222,13 @@ def _figure_table(status: Status) -> Table:
     table.add_row(*(names(name, "dim") for name, _ in shown))
     table.add_row(*(values(value, style="bold") for _, value in shown))
     return table
+
+
+def _health_line(status: Status) -> str:
+    """The improver in few words; a narrow terminal cuts it, since it stands on a line of its own."""
+    known = (("win rate", status.win_rate), ("copies", status.copy_rate))
+    said = ", ".join(f"{name} {value:.0%}" for name, value in known if value is not None)
+    return f"improver: {said}" if said else ""
 
 
 def _gate_line(status: Status) -> str:

@@ -28,6 +28,7 @@ from sgpo_dist.checkpoint import Checkpoint, CheckpointStore, crash_point
 from sgpo_dist.config import Config
 from sgpo_dist.data.embedded_model import default_cache_root, embedded_model_dir
 from sgpo_dist.data.loading import Corpus, check_lengths, load_corpus
+from sgpo_dist.data.revisions import load_revisions
 from sgpo_dist.errors import ConfigError, DataError, EnvironmentProblem
 from sgpo_dist.prompts import PromptBook, load_tokenizer
 from sgpo_dist.recorder import Recorder
@@ -104,6 +105,7 @@ async def _assemble(
     )
     corpus = load_corpus(config.data, config.seed)
     require_rows(config, corpus)
+    _require_revisions(config)
     check_lengths(corpus, book, config.data.max_prompt_tokens)
     recorder.event("data", references=len(corpus.references), prompts=len(corpus.prompts), heldout=len(corpus.heldout), dropped=corpus.dropped)
     start_model = initial_model if progress.stage == config.stages[0] else directory.stage_model(_stage_before(config, progress.stage))
@@ -165,12 +167,21 @@ def require_rows(config: Config, corpus: Corpus) -> None:
         raise DataError(
             f"stage '{needs_references[0]}' needs rows with a reference and data.path has none; add a 'reference' column or leave the stage out"
         )
-    tries = len(corpus.prompts) * config.preference.samples_per_prompt * config.preference.epochs
-    if "preference" in config.stages and tries < config.learner.train_batch_size:
+    preference = config.preference
+    prompts = corpus.references if config.pairs_need_references else corpus.prompts
+    tries = len(prompts) * preference.samples_per_prompt * preference.ladder * preference.epochs
+    makes_pairs = "preference" in config.stages and preference.pairs != "given"
+    if makes_pairs and tries < config.made_pairs_per_step:
         raise DataError(
-            f"stage 'preference' has {len(corpus.prompts)} prompts, fewer than one batch of {config.learner.train_batch_size} pairs; "
+            f"stage 'preference' has {len(prompts)} prompts, fewer than one batch of {config.made_pairs_per_step} pairs; "
             "give more prompts (data.prompts_path) or lower learner.train_batch_size"
         )
+
+
+def _require_revisions(config: Config) -> None:
+    """A wrong row of ready-made revisions stops the run here, before any engine starts."""
+    if config.improver.revisions_path and "improver" in config.stages:
+        load_revisions(config.improver.revisions_path)
 
 
 def probe_rows(corpus: Corpus, book: PromptBook, count: int) -> tuple[ProbeRow, ...]:

@@ -16,6 +16,10 @@ from sgpo_dist.textual import edit_ratio, length_ratio, overlap, plain_words
 
 LEAK_WORDS: Final = 5
 """So many words of the instruction in a row count as a leak of it."""
+ENDPOINT_REVISER: Final = "endpoint_reviser"
+"""Templates of this name are read by a model behind an endpoint."""
+REFERENCE: Final = "reference"
+"""What a pair whose refinement is the prompt's reference, untouched, names in place of a template."""
 _EDGE: Final = 100
 """Characters at either end in which talk about the task is looked for."""
 _REVISED: Final = r"(?:improved|revised|rewritten|updated|corrected|refined|polished|edited|enhanced)"
@@ -61,8 +65,7 @@ class GateRules(Protocol):
 def judge(response: Completion, refinement: Completion, reference: str | None, gate: GateRules, told: str = "") -> RefusalReason | None:
     """The reason to refuse the pair, or None. ``told`` is the instruction the refinement must not repeat."""
     return (
-        _incomplete(response, refinement, gate)
-        or _no_change(response.text.strip(), refinement.text.strip(), gate)
+        _unusable(response, refinement, gate)
         or _talk(response.text, refinement.text, told)
         or _disproportion(response, refinement, reference, gate)
     )
@@ -78,17 +81,35 @@ def make_outcome(
 ) -> PreferencePair | Refusal:
     """The one outcome of a leased prompt. No refinement means that the reviser found nothing to repair.
 
-    ``template`` names what made the refinement: a template ('improver.v1'), or a reviser that writes by itself ('tidy'). Only what the
-    model itself wrote can leak its instruction or the reference; a written revision may use the reference, that is its purpose.
+    ``template`` names what made the refinement: a template ('improver.v1'), or a reviser that writes by itself ('tidy'). Only what a
+    model was told to write can leak its instruction or the reference; a written revision may use the reference, that is its purpose. The
+    reference itself (template 'reference') is no rewrite: it need only be whole and another text, whatever its length and its words.
     """
     if refinement is None:
         return _refusal(lease, RefusalReason.NOTHING_TO_REPAIR, response, None)
-    sampled = template.partition(".")[0] in (IMPROVER, REVISER)
-    reference = lease.prompt.reference if sampled else None
-    reason = judge(response, refinement, reference, gate, instruction(template) if sampled else "")
+    if template == REFERENCE:
+        reason = _unusable(response, refinement, gate)
+    else:
+        sampled = template.partition(".")[0] in (IMPROVER, REVISER, ENDPOINT_REVISER)
+        reference = lease.prompt.reference if sampled else None
+        reason = judge(response, refinement, reference, gate, instruction(template) if sampled else "")
     if reason is not None:
         return _refusal(lease, reason, response, refinement)
     return PreferencePair(lease.uid, lease.stage, lease.prompt, prompt_ids, response, refinement, template)
+
+
+def fenced(pair: PreferencePair, edit_ratios: tuple[float, float] | None) -> Refusal | None:
+    """The refusal of a pair whose edit ratio lies outside the fences (low, high), limits included; None when it may stay."""
+    if edit_ratios is None:
+        return None
+    changed = edit_ratio(pair.rejected.text, pair.chosen.text)
+    low, high = edit_ratios
+    return None if low <= changed <= high else refused(pair, RefusalReason.FENCED_OUT, f"edit ratio {changed:.3f}, fences {low:.3f} to {high:.3f}")
+
+
+def refused(pair: PreferencePair, reason: RefusalReason, detail: str) -> Refusal:
+    """The refusal that takes a pair's place; its texts are kept."""
+    return Refusal(pair.uid, pair.stage, pair.prompt.prompt_id, reason, detail, pair.response, pair.refinement)
 
 
 def _refusal(lease: Lease, reason: RefusalReason, response: Completion, refinement: Completion | None) -> Refusal:
@@ -97,6 +118,10 @@ def _refusal(lease: Lease, reason: RefusalReason, response: Completion, refineme
         changed = edit_ratio(response.text, refinement.text)
         detail += f", refinement {len(refinement.token_ids)} tokens ({refinement.finish_reason}), edit ratio {changed:.3f}"
     return Refusal(lease.uid, lease.stage, lease.prompt.prompt_id, reason, detail, response, refinement)
+
+
+def _unusable(response: Completion, refinement: Completion, gate: GateRules) -> RefusalReason | None:
+    return _incomplete(response, refinement, gate) or _no_change(response.text.strip(), refinement.text.strip(), gate)
 
 
 def _incomplete(response: Completion, refinement: Completion, gate: GateRules) -> RefusalReason | None:

@@ -97,6 +97,10 @@ class PromptBook:
         """A written answer as the model would have sampled it: its text, then the end-of-turn token."""
         return (*self._tokenizer.encode(self._defused(text), add_special_tokens=False), self.eos_id)
 
+    def written(self, text: str, version: int) -> Completion:
+        """A written text as a completion that ended by itself."""
+        return Completion(text, self.completion_ids(text), FinishReason.STOP, version)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of sampled ids, without special tokens."""
         return cast("str", self._tokenizer.decode(list(ids), skip_special_tokens=True))

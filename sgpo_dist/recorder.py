@@ -36,6 +36,8 @@ SHOWN_METRICS: Final = {
     "staleness": "staleness",
     "perf/pairs_per_s": "pairs_per_s",
     "perf/tokens_per_s": "tokens_per_s",
+    "improver/win_rate": "win_rate",
+    "improver/copy_rate": "copy_rate",
 }
 """Metric name -> field of the display's Status."""
 

@@ -50,6 +50,9 @@ class RefusalReason(StrEnum):
     PROMPT_TOO_LONG = "prompt_too_long"
     FENCED_OUT = "fenced_out"
     DISAGREEMENT = "disagreement"
+    NO_REFERENCE = "no_reference"
+    TIE = "tie"
+    UNJUDGED = "unjudged"
     POISON = "poison"
 
 
@@ -63,12 +66,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the policy is asked. ``reference`` is a trusted answer, or None for a bare prompt."""
+    """What the policy is asked. ``reference`` is a trusted answer, or None for a bare prompt.
+
+    ``rejected`` is a given weaker answer; with it the reference is a given pair's chosen half. Pairs of this kind never enter the buffer.
+    """
 
     prompt_id: str
     messages: tuple[Message, ...]
     reference: str | None = None
     source: str = "user"
+    rejected: str | None = None
 
     @property
     def text(self) -> str:
@@ -135,12 +142,16 @@ Outcome = PreferencePair | Refusal
 
 @dataclass(frozen=True, slots=True)
 class TokenExample:
-    """One row of NLL training: loss on ``completion_ids`` only, given ``prompt_ids``; ``weight`` scales its share of the mean."""
+    """One row of NLL training: loss on ``completion_ids`` only, given ``prompt_ids``; ``weight`` scales its share of the mean.
+
+    ``token_weights`` scale single completion tokens (one each); empty = all 1.
+    """
 
     uid: str
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     weight: float = 1.0
+    token_weights: tuple[float, ...] = ()
 
 
 def outcome_uid(run_seed: int, stage: Stage, prompt_id: str, epoch: int, sample: int) -> str:

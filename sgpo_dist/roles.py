@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from sgpo_dist.config import AgreementConfig, EndpointConfig, JudgeConfig
 from sgpo_dist.records import Completion, FinishReason, Outcome, PreferencePair, Prompt, Stage, TokenExample
 from sgpo_dist.weights.version import ProbeRow, WeightBundle, WeightProof
 
@@ -213,6 +214,8 @@ class LossPlan:
     beta: float = 0.1
     label_smoothing: float = 0.0
     nll_coef: float = 0.0
+    simpo_gamma: float = 0.5
+    dpop_lambda: float = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +227,7 @@ class LearnerStage:
     optimiser: OptimiserPlan
     loss: LossPlan = field(default_factory=LossPlan)
     reference_dir: str | None = None
+    packing: bool = False
 
 
 class Learner(Protocol):
@@ -235,8 +239,14 @@ class Learner(Protocol):
     async def nll_step(self, step: int, batch: Sequence[TokenExample]) -> Metrics:
         """One optimiser step on mean weighted NLL over completion tokens; TRL's metric names."""
 
-    async def preference_step(self, step: int, batch: Sequence[PreferencePair]) -> Metrics:
-        """One optimiser step on the stage's preference loss; reference log-probs are computed once per pair."""
+    async def preference_step(self, step: int, batch: Sequence[PreferencePair], replay: Sequence[TokenExample] = ()) -> Metrics:
+        """One optimiser step on the stage's preference loss; reference log-probs are computed once per pair.
+
+        ``replay`` rows add their mean NLL, weighted by their share ``len(replay) / len(batch)``.
+        """
+
+    async def refresh_reference(self, directory: str) -> None:
+        """From now on the frozen reference is the model in ``directory``; cached reference log-probs are forgotten."""
 
     async def publish(self, version: int) -> WeightBundle:
         """Make the current weights ready to be received as ``version``, with the probe log-probs of the learner itself."""
@@ -267,8 +277,11 @@ class Learner(Protocol):
 class GenerationTask:
     """What workers do with leased prompts of ``stage``.
 
-    ``refine_with``: "improver" (the model's own improver role) or a reviser's name (stage 1a: self, blend, tidy, repair); a mapping by the
-    prompt's source may mix them, with key "default".
+    ``refine_with``: "improver" (the model's own improver role) or a reviser's name (stage 1a); a mapping by the prompt's source may mix
+    them, with key "default". ``pairs`` is who makes the halves (config.PreferenceConfig.pairs). With ``rungs`` > 1 a lease's sample number
+    is chain * rungs + rung: rung r is the pair (refinement r + 1 > refinement r of that chain's response), and all rungs of a chain draw from
+    the chain's seeds. ``agreement`` and ``edit_ratios`` (fences) refuse pairs; ``judge`` picks for pairs "judge", ``endpoint`` serves
+    the reviser "openai".
     """
 
     stage: Stage
@@ -278,6 +291,12 @@ class GenerationTask:
     refine_with: Mapping[str, str]
     repair: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
+    pairs: str = "improver"
+    rungs: int = 1
+    agreement: AgreementConfig = field(default_factory=AgreementConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    edit_ratios: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from sgpo_dist.data.loading import Corpus
 from sgpo_dist.errors import CheckpointError
 from sgpo_dist.prompts import PromptBook
 from sgpo_dist.recorder import Recorder
-from sgpo_dist.records import Stage
+from sgpo_dist.records import Prompt, Stage
 from sgpo_dist.roles import Buffer, Fleet, Learner, LearnerStage, LossPlan, OptimiserPlan, Sampling
 
 FINISHED = "finished"
@@ -78,12 +78,17 @@ class Run:
     tolerance: float
     restored_from: Path | None = None
     published: int = -1
+    unpublished_steps: int = 0
     stop: StopRequest = field(default_factory=StopRequest)
 
     @property
     def stage(self) -> Stage:
         """The stage in progress."""
         return Stage(self.progress.stage)
+
+    def preference_prompts(self) -> tuple[Prompt, ...]:
+        """What the preference stage asks: bare prompts, unless its pairs need references."""
+        return self.corpus.references if self.config.pairs_need_references else self.corpus.prompts
 
     def stages_left(self) -> list[Stage]:
         """The stage in progress and those after it; none when the run is finished."""
@@ -101,6 +106,15 @@ class Run:
     def moved(self, **changes: Any) -> None:
         """Replace fields of the progress."""
         self.progress = replace(self.progress, **changes)
+
+    def stepped(self, step: int) -> None:
+        """One more optimiser step is done, of which the workers know nothing yet."""
+        self.moved(step=step, global_step=self.progress.global_step + 1)
+        self.unpublished_steps += 1
+
+    def round_dir(self, number: int) -> Path:
+        """The model that round ``number`` (from 1) of the preference stage begins with: its frozen reference."""
+        return self.directory / "stages" / f"preference-round-{number}"
 
     def stage_dir(self, stage: Stage) -> Path:
         """Where a stage leaves its model."""
@@ -136,9 +150,17 @@ class Run:
             beta2=config.learner.beta2,
         )
         preference = config.preference
-        loss = LossPlan(preference.loss_type, preference.beta, preference.label_smoothing, preference.nll_coef)
+        loss = LossPlan(
+            preference.loss_type,
+            preference.beta,
+            preference.label_smoothing,
+            preference.nll_coef,
+            preference.simpo_gamma,
+            preference.dpop_lambda,
+        )
         start = str(self.start_model(stage))
-        return LearnerStage(stage, start, optimiser, loss, start if stage is Stage.PREFERENCE else None)
+        needs_reference = stage is Stage.PREFERENCE and preference.loss_type != "simpo"
+        return LearnerStage(stage, start, optimiser, loss, start if needs_reference else None, stage is Stage.SFT and config.sft.packing)
 
 
 def sampling(settings: SamplingConfig) -> Sampling:

@@ -45,6 +45,9 @@ FREE_TO_CHANGE: Final = (
     "rollout.heartbeat_timeout_s",
     "rollout.max_restarts",
     "learner.step_timeout_s",
+    "improver.gate",
+    "preference.brakes",
+    "preference.health_steps",
     "weights.timeout_s",
 )
 """Keys that a resumed run may set otherwise: they change how it is watched and run, not what it trains. total_steps may also grow."""

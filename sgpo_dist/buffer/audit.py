@@ -15,7 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,7 +28,10 @@ Value = str | bytes | int | None
 
 @dataclass(frozen=True, slots=True)
 class StageAudit:
-    """One row of the table. ``prompts`` counts outcomes asked for (prompt, epoch, sample); ``unused`` had none when the audit looked."""
+    """One row of the table. ``prompts`` counts outcomes asked for (prompt, epoch, sample); ``unused`` had none when the audit looked.
+
+    ``rolled_back_to`` is the step that a rollback ended the stage on; the pairs still assigned then are those of the steps it undid.
+    """
 
     stage: str
     prompts: int
@@ -43,6 +46,7 @@ class StageAudit:
     version: int
     max_staleness: int | None
     staleness_seen: int
+    rolled_back_to: int | None = None
 
     @property
     def refused(self) -> int:
@@ -53,6 +57,11 @@ class StageAudit:
     def unused(self) -> int:
         """Prompts without an outcome: waiting or in generation."""
         return self.waiting + self.leased
+
+    @property
+    def discarded(self) -> int:
+        """Pairs whose steps a rollback undid: assigned once, never trained."""
+        return self.assigned if self.rolled_back_to is not None else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +85,17 @@ def audit_run(run_dir: Path) -> AuditReport:
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=30, isolation_level=None)) as db:
             report = _audited(db)
-            others = [*_event_problems(db, run_dir / "events.jsonl"), *_checkpoint_problems(db, run_dir / "checkpoints")]
+            endings = _endings(run_dir / "events.jsonl")
+            others = [
+                *_event_problems(db, run_dir / "events.jsonl"),
+                *_ending_problems(db, endings),
+                *_checkpoint_problems(db, run_dir / "checkpoints"),
+            ]
     except sqlite3.DatabaseError as problem:
         return AuditReport((), (f"buffer.db cannot be read: {problem}",))
-    return AuditReport(report.stages, _shortened([*report.problems, *others]))
+    undone = {stage: ending.step for stage, ending in endings.items() if ending.rolled_back}
+    stages = tuple(replace(row, rolled_back_to=undone.get(row.stage)) for row in report.stages)
+    return AuditReport(stages, _shortened([*report.problems, *others]))
 
 
 def audit_database(db: sqlite3.Connection) -> AuditReport:
@@ -345,6 +361,51 @@ def _event_problems(db: sqlite3.Connection, path: Path) -> Iterator[str]:
         if version not in journalled:
             yield f"events.jsonl: version {version} was published but never entered the ledger"
         last = version
+
+
+@dataclass(frozen=True, slots=True)
+class _Ending:
+    """The step that a stage ended on, and whether a rollback had put it there."""
+
+    step: int
+    rolled_back: bool
+
+
+def _endings(path: Path) -> dict[str, _Ending]:
+    """Stages that are over for good by events.jsonl: finished, then a checkpoint (the ledger heard of it), and no version published since."""
+    rollbacks: dict[str, Any] = {}
+    finished: dict[str, _Ending] = {}
+    over: dict[str, _Ending] = {}
+    for event in _events(path):
+        kind, stage = event.get("kind"), str(event.get("stage"))
+        if kind == "rolled_back":
+            rollbacks[stage] = event.get("to_step")
+        elif kind == "stage_finished" and isinstance(event.get("steps"), int):
+            finished[stage] = _Ending(event["steps"], rollbacks.get(stage) == event["steps"])
+        elif kind == "checkpoint":
+            over = dict(finished)
+        elif kind == "version_published":
+            finished, over = {}, {}
+    return over
+
+
+def _ending_problems(db: sqlite3.Connection, endings: Mapping[str, _Ending]) -> Iterator[str]:
+    """A stage that is over has trained every step it was assigned, except those that a recorded rollback undid."""
+    for stage, ending in endings.items():
+        row = db.execute(_ENDED, (stage,)).fetchone()
+        if row is None:
+            continue
+        trained, left = row
+        if trained != ending.step:
+            yield f"{stage}: rows up to step {trained} count as trained, but the stage ended on step {ending.step}"
+        elif left and not ending.rolled_back:
+            yield f"{stage} ended with {left} pairs assigned and not trained, but events.jsonl records no rollback to step {trained}"
+
+
+_ENDED: Final = (
+    "SELECT committed_step, (SELECT COUNT(*) FROM orders WHERE orders.stage = stages.stage AND state = 'assigned')"
+    " FROM stages WHERE stage = ? AND last_step > 0"
+)
 
 
 def _events(path: Path) -> Iterator[dict[str, Any]]:

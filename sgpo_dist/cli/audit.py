@@ -29,10 +29,20 @@ def run(args: argparse.Namespace, session: Session) -> int:
     """Print the table and the verdict; 0, or 4 when something is wrong."""
     report = audit_run(chosen_run(args).path)
     session.table("ledger", grid(stage_lines(report.stages)))
-    for stage in report.stages:
-        if stage.refusals:
-            session.say(f"{stage.stage} refused: " + ", ".join(f"{reason} {count}" for reason, count in stage.refusals.items()))
+    for line in notes(report.stages):
+        session.say(line)
     return verdict(report, session)
+
+
+def notes(stages: Sequence[StageAudit]) -> list[str]:
+    """What the table has no room for: refusals by reason, and pairs that a rollback discarded."""
+    lines = []
+    for stage in stages:
+        if stage.refusals:
+            lines.append(f"{stage.stage} refused: " + ", ".join(f"{reason} {count}" for reason, count in stage.refusals.items()))
+        if stage.discarded:
+            lines.append(f"{stage.stage} discarded by rollback: {stage.discarded} assigned pairs, of the steps after {stage.rolled_back_to}")
+    return lines
 
 
 def verdict(report: AuditReport, session: Session) -> int:

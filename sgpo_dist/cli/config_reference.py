@@ -11,7 +11,6 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from sgpo_dist.cli.session import Session
 from sgpo_dist.config import Config
@@ -55,36 +54,29 @@ def run(args: argparse.Namespace, session: Session) -> int:
 
 def configuration_page() -> str:
     """The whole page: one table a section, in the tree's order."""
-    return HEAD + "".join(_section(name, model) for name, model in _sections(Config, ""))
+    return HEAD + "".join(_section(name, section) for name, section in _sections(Config(), ""))
 
 
-def _sections(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseModel]]]:
-    yield path, model
-    for name, info in model.model_fields.items():
-        if _is_section(info.annotation):
-            section: Any = info.annotation
-            yield from _sections(section, f"{path}.{name}" if path else name)
+def _sections(section: BaseModel, path: str) -> Iterator[tuple[str, BaseModel]]:
+    """Every section as an untouched configuration has it: the same model may stand in two places with other defaults."""
+    yield path, section
+    for name in type(section).model_fields:
+        inner = getattr(section, name)
+        if isinstance(inner, BaseModel):
+            yield from _sections(inner, f"{path}.{name}" if path else name)
 
 
-def _section(path: str, model: type[BaseModel]) -> str:
-    rows = [_row(path, name, info) for name, info in model.model_fields.items() if not _is_section(info.annotation)]
-    about = " ".join((model.__doc__ or "").split())
+def _section(path: str, section: BaseModel) -> str:
+    values = {name: getattr(section, name) for name in type(section).model_fields}
+    rows = [_row(path, name, type(section).model_fields[name], value) for name, value in values.items() if not isinstance(value, BaseModel)]
+    about = " ".join((type(section).__doc__ or "").split())
     title = f"`{path}`" if path else "The run"
     return f"\n## {title}\n\n{about}\n\n| key | type | default | meaning |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"
 
 
-def _row(path: str, name: str, info: FieldInfo) -> str:
-    cells = [f"`{path}.{name}`" if path else f"`{name}`", type_words(info), _default(info), info.description or ""]
+def _row(path: str, name: str, info: FieldInfo, default: Any) -> str:
+    cells = [f"`{path}.{name}`" if path else f"`{name}`", type_words(info), f"`{json.dumps(default)}`", info.description or ""]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
-def _default(info: FieldInfo) -> str:
-    value = info.get_default(call_default_factory=True, validated_data={})
-    return "required" if value is PydanticUndefined else f"`{json.dumps(value)}`"
 
 
 def type_words(info: FieldInfo) -> str:

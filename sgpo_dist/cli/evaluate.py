@@ -1,42 +1,31 @@
-"""``sgpo-dist eval``: held-out figures of any model directory, by plain transformers; one model, one process, greedy.
+"""``sgpo-dist eval``: held-out figures of any model directory, its answers as files, and how often they beat another's.
 
-The figures are ``sgpo_dist.evaluate``'s, the prompts of both roles the training's. Torch and transformers are imported when it runs.
-Left out: speed; a run evaluates its own models on its engines.
+The figures are ``sgpo_dist.evaluate``'s, the answers ``local_model``'s; comparing is ``comparison``'s. Left out: speed; a run evaluates its
+own models on its engines.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from sgpo_dist.cli.comparison import add_comparison_arguments, check_comparison, compare
 from sgpo_dist.cli.evaluation_table import show_rows
+from sgpo_dist.cli.local_model import both_roles, load_model, reference_logps
 from sgpo_dist.cli.session import Session
-from sgpo_dist.data.embedded_model import embedded_model_dir
-from sgpo_dist.data.loading import BUILT_IN, load_rows
+from sgpo_dist.data.loading import BUILT_IN, Columns, load_rows
 from sgpo_dist.errors import ConfigError, DataError
 from sgpo_dist.evaluate.evaluation import EvalRow, evaluate, row_tree
-from sgpo_dist.prompts import PromptBook, load_tokenizer
-from sgpo_dist.records import Completion, FinishReason, Prompt
+from sgpo_dist.evaluate.exports import Answer, alpaca_rows, answer_rows, arena_rows, write_lines, write_list
+from sgpo_dist.evaluate.scoring import Scorer, load_scorers
+from sgpo_dist.prompts import parse_refinement
+from sgpo_dist.records import Prompt
 
-BATCH: Final = 8
 DEFAULT_NEW_TOKENS: Final = 96
-IGNORED: Final = -100
-"""Label of positions that the loss leaves out."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model ready to answer; ``model`` is a transformers causal language model in evaluation mode."""
-
-    model: Any
-    book: PromptBook
-    max_new_tokens: int
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -44,127 +33,85 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = commands.add_parser(
         "eval",
         help="held-out figures of a model directory",
-        description="Answers every prompt greedily, rewrites each answer as the improver, and prints the figures a run prints: exact\n"
-        "score or likeness to the reference, share of answers that end by themselves, log-likelihood of the reference,\n"
-        "improver gain.",
+        description="Answers every prompt greedily, rewrites each answer as the improver, and prints the figures a run prints: score or\n"
+        "likeness to the reference, share of answers that end by themselves, log-likelihood of the reference, improver\n"
+        "gain. With --against also how often the answers beat another model's, as a judge sees it.",
         epilog="examples:\n  sgpo-dist eval --model runs/demo/model --data orders\n"
-        "  sgpo-dist eval --model embedded --data my_heldout.jsonl --limit 50 --out figures.json",
+        "  sgpo-dist eval --model embedded --data my_heldout.jsonl --limit 50 --out figures.json\n"
+        "  sgpo-dist eval --model runs/demo/model --data chat --against embedded\n"
+        "  sgpo-dist eval --model runs/demo/model --data chat --against answers.jsonl --judge openai --judge-model NAME\n"
+        "docs/evaluation.md explains every figure and format",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", metavar="DIR", required=True, help="a Hugging Face model directory, or 'embedded'")
     parser.add_argument(
         "--data", metavar="PATH", required=True, help=f"{', '.join(BUILT_IN)} (their held-out rows), a file, or a datasets directory"
     )
+    parser.add_argument("--input-key", metavar="NAME", help="column of the prompt when it is neither 'prompt' nor 'messages'")
+    parser.add_argument("--reference-key", metavar="NAME", help="column of the reference when it is neither 'reference' nor 'chosen'")
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N rows (default: all)")
     parser.add_argument(
         "--max-new-tokens", type=int, default=DEFAULT_NEW_TOKENS, metavar="N", help=f"cap of an answer (default {DEFAULT_NEW_TOKENS})"
     )
     parser.add_argument("--template", default="v1", help="version of the improver's prompt template")
+    parser.add_argument("--name", help="what the model is called in tables and files (default: its directory's name)")
+    parser.add_argument("--scorer", default="", metavar="MODULE:FUNCTION", help="scores answers: (text, reference, prompt) -> 0 to 1")
     parser.add_argument("--out", metavar="FILE", type=Path, help="also write the figures as JSON")
+    parser.add_argument("--answers-out", metavar="FILE", type=Path, help="write the answers as JSON lines, for a later --against")
+    parser.add_argument("--alpaca-out", metavar="FILE", type=Path, help="write the answers as AlpacaEval's model outputs (JSON)")
+    parser.add_argument("--arena-out", metavar="FILE", type=Path, help="write the answers as Arena-Hard's model answers (JSON lines)")
+    add_comparison_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace, session: Session) -> int:
-    """Print the figures."""
-    prompts = load_rows(args.data, "heldout")
-    prompts = prompts[: args.limit] if args.limit > 0 else prompts
-    if not prompts:
-        raise DataError(f"--data {args.data} holds no rows")
-    loaded = load_model(args.model, args.template, args.max_new_tokens)
-    rows = evaluate_model(Path(args.model).name, prompts, loaded)
+    """Print the figures, write the files, compare."""
+    check_comparison(args)
+    prompts, scorers = _prompts(args), load_scorers(args.scorer, "--scorer")
+    name = args.name or Path(args.model).name
+    rows, answers = evaluate_model(name, args, prompts, scorers)
     show_rows(rows, session)
+    _export(args, name, answers)
+    compared = compare(args, name, answers, session) if args.against else {}
     if args.out is not None:
-        args.out.write_text(json.dumps({"rows": [row_tree(row) for row in rows]}, indent=1) + "\n", encoding="utf-8")
+        _write_json(args.out, {"rows": [row_tree(row) for row in rows], **compared})
     return 0
 
 
-def load_model(name: str, template: str, max_new_tokens: int) -> LoadedModel:
-    """Load a model directory in float32 (bfloat16 on a GPU). Raises ConfigError when there is none; nothing is downloaded."""
-    directory = embedded_model_dir() if name == "embedded" else Path(name)
-    if not (directory / "config.json").is_file():
-        raise ConfigError(f"--model {name} is not a Hugging Face model directory (it has no config.json)")
-    book = PromptBook(load_tokenizer(directory), template)
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    with _without_progress_bars():
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
-    return LoadedModel(model.to(device).eval(), book, max_new_tokens)
+def evaluate_model(
+    name: str, args: argparse.Namespace, prompts: Sequence[Prompt], scorers: Mapping[str, Scorer]
+) -> tuple[list[EvalRow], list[Answer]]:
+    """Load the model, let both roles answer, score references, make figures. The model is out of memory when this returns."""
+    loaded = load_model(args.model, args.template, args.max_new_tokens)
+    responses, refinements = both_roles(loaded, prompts)
+    rows = evaluate(name, prompts, responses, refinements, reference_logps(loaded, prompts), scorers=scorers)
+    pairs = zip(prompts, responses, refinements, strict=True)
+    answers = [Answer(prompt, response, parse_refinement(refinement.text, response.text)) for prompt, response, refinement in pairs]
+    return rows, answers
 
 
-def evaluate_model(name: str, prompts: Sequence[Prompt], loaded: LoadedModel) -> list[EvalRow]:
-    """Both roles answer, references are scored, figures are made."""
-    book = loaded.book
-    responses = answer(loaded, [book.policy_ids(prompt) for prompt in prompts])
-    drafts = [book.improver_ids(prompt, response.text) for prompt, response in zip(prompts, responses, strict=True)]
-    return evaluate(name, prompts, responses, answer(loaded, drafts), reference_logps(loaded, prompts))
+def _prompts(args: argparse.Namespace) -> tuple[Prompt, ...]:
+    prompts = load_rows(args.data, "heldout", Columns(args.input_key, args.reference_key))
+    prompts = prompts[: args.limit] if args.limit > 0 else prompts
+    if not prompts:
+        raise DataError(f"--data {args.data} holds no rows")
+    return prompts
 
 
-def answer(loaded: LoadedModel, prompts_ids: Sequence[tuple[int, ...]]) -> list[Completion]:
-    """Greedy completions in the order of the prompts; prompts of like length share a batch."""
-    order = sorted(range(len(prompts_ids)), key=lambda place: len(prompts_ids[place]))
-    found: dict[int, Completion] = {}
-    for start in range(0, len(order), BATCH):
-        places = order[start : start + BATCH]
-        found |= zip(places, _generate(loaded, [prompts_ids[place] for place in places]), strict=True)
-    return [found[place] for place in range(len(prompts_ids))]
-
-
-def _generate(loaded: LoadedModel, rows: Sequence[tuple[int, ...]]) -> list[Completion]:
-    import torch
-
-    width, eos = max(map(len, rows)), loaded.book.eos_id
-    tokens_B_T = torch.tensor([[eos] * (width - len(row)) + list(row) for row in rows], device=loaded.model.device)
-    mask_B_T = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=loaded.model.device)
-    with torch.inference_mode():
-        out_B_T = loaded.model.generate(
-            input_ids=tokens_B_T,
-            attention_mask=mask_B_T,
-            max_new_tokens=loaded.max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=eos,
-            pad_token_id=eos,
-        )
-    return [completion(row[width:], loaded.book) for row in out_B_T.tolist()]
-
-
-def completion(ids: Sequence[int], book: PromptBook) -> Completion:
-    """Generated ids as a completion: up to and with the first end token, or cut by the cap."""
-    ended = book.eos_id in ids
-    kept = tuple(ids[: ids.index(book.eos_id) + 1] if ended else ids)
-    return Completion(book.decode(kept), kept, FinishReason.STOP if ended else FinishReason.LENGTH, 0)
-
-
-def reference_logps(loaded: LoadedModel, prompts: Sequence[Prompt]) -> list[float | None]:
-    """Log-likelihood per token (nats) of each reference, None where there is none; one row at a time."""
-    import torch
-
-    found: list[float | None] = []
-    for prompt in prompts:
-        if prompt.reference is None:
-            found.append(None)
-            continue
-        before, after = loaded.book.policy_ids(prompt), loaded.book.completion_ids(prompt.reference)
-        tokens_1_T = torch.tensor([[*before, *after]], device=loaded.model.device)
-        labels_1_T = torch.tensor([[IGNORED] * len(before) + list(after)], device=loaded.model.device)
-        with torch.inference_mode():
-            found.append(-float(loaded.model(input_ids=tokens_1_T, labels=labels_1_T).loss))
-    return found
-
-
-@contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """transformers' bars stay off the screen while a model loads."""
-    from transformers.utils import logging
-
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+def _export(args: argparse.Namespace, name: str, answers: Sequence[Answer]) -> None:
     try:
-        yield
-    finally:
-        if was_on and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") != "1":
-            logging.enable_progress_bar()
+        if args.answers_out is not None:
+            write_lines(args.answers_out, answer_rows(name, answers))
+        if args.alpaca_out is not None:
+            write_list(args.alpaca_out, alpaca_rows(name, [(answer.prompt, answer.text) for answer in answers]))
+        if args.arena_out is not None:
+            write_lines(args.arena_out, arena_rows(name, answers, time.time()))
+    except OSError as problem:
+        raise ConfigError(f"{problem.filename} cannot be written: {problem.strerror}") from None
+
+
+def _write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    try:
+        path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+    except OSError as problem:
+        raise ConfigError(f"{path} cannot be written: {problem.strerror}") from None

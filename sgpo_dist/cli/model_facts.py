@@ -1,7 +1,8 @@
 """What a model directory tells without loading the model: parameters, shapes, context, chat template.
 
 Used by ``plan`` and ``doctor``. Reads config.json, the headers of safetensors files and the tokenizer's files; needs no torch and no
-transformers, downloads and converts nothing.
+transformers, downloads and converts nothing. For a model whose files are not here yet, the published shape of a family that its name
+spells is taken, marked as assumed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ LARGEST_HEADER: Final = 100 << 20
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """``parameters`` counts a tied head once; ``linear_shapes`` are (rows, columns) of what LoRA's "all-linear" adapts."""
+    """``parameters`` counts a tied head once; ``linear_shapes`` are (rows, columns) of what LoRA's "all-linear" adapts.
+
+    ``assumed`` marks a shape taken from the model's name, not from its files; its chat template is then unknown and counted as there.
+    """
 
     name: str
     parameters: int
@@ -33,6 +37,7 @@ class ModelFacts:
     context: int
     has_chat_template: bool
     linear_shapes: tuple[tuple[int, int], ...] = ()
+    assumed: bool = False
 
     def lora_parameters(self, rank: int) -> int:
         """Trainable parameters of adapters of ``rank`` on every linear layer: r * (rows + columns) each."""
@@ -43,13 +48,45 @@ _EMBEDDED_LAYER: Final = ((576, 576), (192, 576), (192, 576), (576, 576), (1536,
 EMBEDDED_FACTS: Final = ModelFacts(MODEL_NAME, 134_515_008, 30, 576, 49152, 192, 8192, True, _EMBEDDED_LAYER * 30)
 """The embedded model, which need not be converted yet when a plan is made."""
 
+# Published shapes, from each family's config.json: layers, hidden, feed-forward width, key-value width, vocabulary, context, tied head, biases.
+_PUBLISHED: Final = {
+    "Qwen2.5-0.5B": (24, 896, 4864, 128, 151_936, 32_768, True, True),
+    "Qwen2.5-1.5B": (28, 1536, 8960, 256, 151_936, 32_768, True, True),
+    "Qwen2.5-7B": (28, 3584, 18_944, 512, 152_064, 32_768, False, True),
+    "Llama-3-8B": (32, 4096, 14_336, 1024, 128_256, 8192, False, False),
+    "Llama-3.1-8B": (32, 4096, 14_336, 1024, 128_256, 131_072, False, False),
+}
+
 
 def model_facts(name: str) -> ModelFacts | None:
-    """Facts of the model a configuration names; None when its files are not on this machine. Raises ConfigError for a broken directory."""
+    """Facts of the model a configuration names: from its files, else from a family's name in it, else None.
+
+    Raises ConfigError for a broken directory.
+    """
     if name == "embedded":
         return EMBEDDED_FACTS
     directory = Path(name) if Path(name).is_dir() else cached_snapshot(name)
-    return None if directory is None else directory_facts(directory, name)
+    return published_facts(name) if directory is None else directory_facts(directory, name)
+
+
+def published_facts(name: str) -> ModelFacts | None:
+    """The published shape of the family that ``name`` (hub name or path) spells, whatever its case and hyphens; None for others."""
+    spelled = _plain(name)
+    family = next((family for family in _PUBLISHED if _plain(family) in spelled), None)
+    return _decoder(family, *_PUBLISHED[family]) if family else None
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")
+
+
+def _decoder(name: str, layers: int, hidden: int, width: int, kv_width: int, vocabulary: int, context: int, tied: bool, biased: bool) -> ModelFacts:
+    """A decoder of the Llama shape: query, key, value and output projections, a gated feed-forward, two norms a layer."""
+    layer = ((hidden, hidden), (kv_width, hidden), (kv_width, hidden), (hidden, hidden), (width, hidden), (width, hidden), (hidden, width))
+    biases = hidden + 2 * kv_width if biased else 0
+    in_layers = layers * (sum(map(math.prod, layer)) + biases + 2 * hidden)
+    parameters = in_layers + hidden + vocabulary * hidden * (1 if tied else 2)
+    return ModelFacts(name, parameters, layers, hidden, vocabulary, kv_width, context, True, layer * layers, assumed=True)
 
 
 def directory_facts(directory: Path, name: str) -> ModelFacts:

@@ -1,20 +1,33 @@
 """What a configuration asks for, before anything starts: placement, batch arithmetic, memory, disk, and what is impossible here.
 
-``make_plan`` is pure: configuration, machine, model and data facts in, a Plan out. ``sgpo-dist plan`` prints it; ``train`` refuses to start
-on its problems. The formulas of memory and disk are in ``estimate``. Starts nothing, loads nothing.
+``make_plan`` is pure: configuration, machine, model and data facts in, a Plan out. ``sgpo-dist plan`` prints it, for this machine or for one
+with other GPUs, whether model and data are here yet or not; ``train`` refuses to start on its problems. The sums are in ``arithmetic``,
+the formulas of memory and disk in ``estimate``. Starts nothing, loads nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import re
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from rich.table import Table
 
+from sgpo_dist.cli.arithmetic import (
+    IMPROVER_OVERHEAD_TOKENS,
+    DataFacts,
+    Figure,
+    arithmetic,
+    pair_tokens,
+    pairs_made,
+    pairs_needed,
+    reads_references,
+    tries,
+)
 from sgpo_dist.cli.estimate import (
     GIB,
     Memory,
@@ -24,48 +37,35 @@ from sgpo_dist.cli.estimate import (
     gib,
     gpus_needed,
     memory_parts,
+    models_kept,
     on_gpu,
     plural,
     shared_bytes,
+    smallest_gpu,
     transport,
 )
-from sgpo_dist.cli.machine import Machine, observe_machine
+from sgpo_dist.cli.machine import Gpu, Machine, observe_machine
 from sgpo_dist.cli.model_facts import ModelFacts, model_facts
 from sgpo_dist.cli.session import Session, add_config_arguments, read_config
 from sgpo_dist.config import Config
-from sgpo_dist.data.loading import Corpus, load_corpus
+from sgpo_dist.data.loading import BUILT_IN, Corpus, load_corpus
 from sgpo_dist.errors import EnvironmentProblem
 from sgpo_dist.run_directory import dump_redacted
 
-IMPROVER_OVERHEAD_TOKENS: Final = 120
-"""About what the improver's instruction adds to prompt and draft."""
-
-
-@dataclass(frozen=True, slots=True)
-class DataFacts:
-    """How many rows there are for each role."""
-
-    references: int
-    prompts: int
-    heldout: int
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One line of a plan: what, how much, and how it comes about."""
-
-    name: str
-    value: str
-    why: str = ""
+GPUS: Final = re.compile(r"([1-9]\d{0,3})x([1-9]\d{0,3})")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything ``plan`` shows. ``problems`` make a run here impossible; ``warnings`` do not."""
+    """Everything ``plan`` shows. ``problems`` make a run here impossible; ``warnings`` do not.
+
+    ``device`` is the memory that a GPU of this run must have, None on a CPU or when the model is unknown.
+    """
 
     placement: tuple[Figure, ...]
     arithmetic: tuple[Figure, ...]
     memory: tuple[Memory, ...]
+    device: Figure | None
     disk: Figure
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -81,7 +81,8 @@ def make_plan(config: Config, machine: Machine, model: ModelFacts | None, data: 
         placement=tuple(placement(config, machine)),
         arithmetic=tuple(arithmetic(config, data)),
         memory=memory,
-        disk=Figure("disk", gib(disk), f"{checkpoints_kept(config) + 1} checkpoints and {len(config.stages) + 1} model directories"),
+        device=Figure("a GPU, at least", gib(smallest_gpu(config, model)), _device_words(config)) if model and on_gpu(config) else None,
+        disk=Figure("disk", gib(disk), f"{checkpoints_kept(config) + 1} checkpoints and {models_kept(config)} model directories"),
         problems=tuple(problems),
         warnings=tuple(_warnings(config, machine, model, memory, data)),
     )
@@ -94,6 +95,11 @@ def refuse_problems(plan: Plan) -> None:
         raise EnvironmentProblem(plan.problems[0] + more)
 
 
+def _device_words(config: Config) -> str:
+    where = "a rank beside an engine" if config.learner.gpus_per_rank < 1 else "a rank, or an engine"
+    return f"{where} that keeps to rollout.gpu_memory_utilization {config.rollout.gpu_memory_utilization:g}"
+
+
 # ---- placement -------------------------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +108,7 @@ def placement(config: Config, machine: Machine) -> list[Figure]:
     learner, rollout, weights = config.learner, config.rollout, config.weights
     threads = learner.threads_per_rank or max(1, machine.cores // learner.num_ranks)
     rank = f"{learner.gpus_per_rank:g} GPU each" if on_gpu(config) else f"CPU, {plural(threads, 'thread')} each"
-    engine = f"{rollout.tensor_parallel_size} GPU each" if on_gpu(config) else f"CPU, KV cache {rollout.kv_cache_gib:g} GiB each"
+    engine = _engine_place(config) if on_gpu(config) else f"CPU, KV cache {rollout.kv_cache_gib:g} GiB each"
     engines = plural(rollout.num_rollout_workers, "vLLM engine")
     proofs = f"every {plural(weights.weight_sync_interval, 'step')}, proved on {plural(weights.num_probes, 'probe')}"
     return [
@@ -113,69 +119,11 @@ def placement(config: Config, machine: Machine) -> list[Figure]:
     ]
 
 
-# ---- arithmetic ------------------------------------------------------------------------------------------------------------------
-
-
-def arithmetic(config: Config, data: DataFacts | None) -> list[Figure]:
-    """Steps, rows, pairs, tokens and versions of each stage."""
-    lines: list[Figure] = []
-    if "sft" in config.stages:
-        lines.append(_rows_line("sft", config.sft.epochs, config.sft.train_batch_size, data.references if data else None, "references"))
-    if "improver" in config.stages:
-        rows = min(data.references, config.improver.max_rows or data.references) if data else None
-        replayed = 2 if config.improver.replay != "none" else 1
-        what = "revisions at most" + (f" and as many {config.improver.replay} replays" if replayed == 2 else "")
-        lines.append(_rows_line("improver", config.improver.epochs, config.improver.train_batch_size, rows, what, replayed))
-    if "preference" in config.stages:
-        lines += _preference_lines(config, data)
-    return lines
-
-
-def _rows_line(stage: str, epochs: int, batch: int, rows: int | None, what: str, factor: int = 1) -> Figure:
-    passes = f"{plural(epochs, 'epoch')}, batches of {batch}"
-    if rows is None:
-        return Figure(f"{stage}: rows", passes)
-    return Figure(f"{stage}: steps", str(epochs * math.ceil(rows * factor / batch)), f"{rows} {what}, {passes}")
-
-
-def pairs_needed(config: Config) -> int:
-    """Pairs that the preference stage trains on."""
-    return config.preference.total_steps * config.learner.train_batch_size
-
-
-def versions_published(config: Config) -> int:
-    """Versions a whole run publishes: the first, one a stage end, one every ``weight_sync_interval`` steps of preference."""
-    interval, steps = config.weights.weight_sync_interval, config.preference.total_steps
-    versions = 1 + sum(stage != "preference" for stage in config.stages)
-    return versions + math.ceil(steps / interval) if "preference" in config.stages else versions
-
-
-def pair_tokens(config: Config) -> tuple[int, int, int]:
-    """Longest prompt, response and refinement in tokens."""
-    return config.data.max_prompt_tokens, config.rollout.policy.max_new_tokens, config.rollout.improver.max_new_tokens
-
-
-def _preference_lines(config: Config, data: DataFacts | None) -> list[Figure]:
-    preference, batch, interval = config.preference, config.learner.train_batch_size, config.weights.weight_sync_interval
-    prompt, response, refinement = pair_tokens(config)
-    longest, per_rank = prompt + response + refinement, batch // config.learner.num_ranks
-    micro = math.ceil(per_rank * longest / config.learner.max_tokens_per_micro_batch)
-    tries = f"{data.prompts} prompts x {preference.samples_per_prompt} x {plural(preference.epochs, 'epoch')}" if data else ""
-    bound = f"(max_staleness {preference.max_staleness} + 1) x {batch} pairs x {plural(interval, 'step')} a version"
-    return [
-        Figure("preference: steps", str(preference.total_steps), f"batches of {plural(batch, 'pair')}, {per_rank} a rank"),
-        Figure("preference: pairs", str(pairs_needed(config)), f"{tries} = {_chances(config, data)} tries" if data else ""),
-        Figure(
-            "preference: tokens a step", f"up to {batch * longest:,}", f"prompt {prompt} + response {response} + refinement {refinement}"
-        ),
-        Figure("preference: micro-batches", f"up to {micro} a rank", f"budget {config.learner.max_tokens_per_micro_batch} tokens"),
-        Figure("pairs ahead of training", f"at most {config.capacity}", bound),
-        Figure("versions published", str(versions_published(config)), "the first, one a stage before, those of the preference stage"),
-    ]
-
-
-def _chances(config: Config, data: DataFacts) -> int:
-    return data.prompts * config.preference.samples_per_prompt * config.preference.epochs
+def _engine_place(config: Config) -> str:
+    share = config.rollout.gpu_memory_utilization
+    if config.learner.gpus_per_rank < 1:
+        return f"on the learner's GPU, {share:.0%} of its memory"
+    return f"{config.rollout.tensor_parallel_size} GPU each, {share:.0%} of its memory"
 
 
 # ---- problems --------------------------------------------------------------------------------------------------------------------
@@ -193,7 +141,8 @@ def _gpu_problems(config: Config, machine: Machine, memory: Sequence[Memory]) ->
 
 def _gpu_memory_problems(config: Config, device: int, memory: Sequence[Memory]) -> list[str]:
     """``device`` is the smallest device's memory in bytes."""
-    rank, engine = memory[0].num_bytes / config.learner.num_ranks, memory[1].num_bytes / config.rollout.num_rollout_workers
+    rank = memory[0].num_bytes / config.learner.num_ranks
+    engine = memory[1].num_bytes / (config.rollout.num_rollout_workers * config.rollout.tensor_parallel_size)
     reserved = config.rollout.gpu_memory_utilization * device
     room = device - reserved if config.learner.gpus_per_rank < 1 else device
     found = []
@@ -238,12 +187,18 @@ def _data_problems(config: Config, data: DataFacts | None) -> list[str]:
         for stage in ("sft", "improver")
         if stage in config.stages and not data.references
     ]
-    if "preference" in config.stages and _chances(config, data) < config.learner.train_batch_size:
-        found.append(
-            f"data gives {_chances(config, data)} tries for pairs, one step needs {config.learner.train_batch_size}: "
-            "give more prompts, or lower learner.train_batch_size"
-        )
-    return found
+    return found + _pair_problems(config, data) if "preference" in config.stages else found
+
+
+def _pair_problems(config: Config, data: DataFacts) -> list[str]:
+    preference, chances = config.preference, tries(config, data)
+    if (preference.pairs == "given" or preference.offline_ratio) and not data.given:
+        return ["preference.pairs 'given' and preference.offline_ratio need rows with chosen and rejected answers and data.path has none: add them"]
+    needed = config.learner.train_batch_size if preference.pairs == "given" else config.made_pairs_per_step
+    if chances >= needed:
+        return []
+    kind = "rows with references" if reads_references(config) else "given pairs" if preference.pairs == "given" else "prompts"
+    return [f"data gives {chances} tries for pairs, one step needs {needed}: give more {kind}, or lower learner.train_batch_size"]
 
 
 def _model_problems(config: Config, model: ModelFacts | None) -> list[str]:
@@ -261,16 +216,23 @@ def _warnings(config: Config, machine: Machine, model: ModelFacts | None, memory
     found = _machine_warnings(config, machine, memory)
     if model is None:
         found.append(f"model '{config.model.model_name_or_path}' is not on this machine yet: memory and disk are not estimated")
-    elif shared_bytes(config, model) > machine.shm_free:
+    elif model.assumed:
+        found.append(
+            f"model '{config.model.model_name_or_path}' is not on this machine yet: estimated with the published shape of {model.name}, "
+            "its chat template not looked at"
+        )
+    if model is not None and shared_bytes(config, model) > machine.shm_free:
         needed = gib(shared_bytes(config, model))
         found.append(f"shared memory has {gib(machine.shm_free)} free, two weight versions take {needed}: enlarge /dev/shm")
-    if data and "preference" in config.stages and _chances(config, data) < pairs_needed(config):
+    asked = pairs_made(config) or pairs_needed(config)
+    if data and "preference" in config.stages and tries(config, data) < asked:
         found.append(
-            f"{pairs_needed(config)} pairs asked for, data gives {_chances(config, data)} tries: the stage ends early; "
+            f"{asked} pairs asked for, data gives {tries(config, data)} tries: the stage ends early; "
             "raise preference.epochs or preference.samples_per_prompt, or lower preference.total_steps"
         )
     rewrite = sum(pair_tokens(config)) + IMPROVER_OVERHEAD_TOKENS
-    if rewrite > config.rollout.max_model_len:
+    rewrites = "improver" in config.stages or ("preference" in config.stages and config.preference.pairs == "improver")
+    if rewrites and rewrite > config.rollout.max_model_len:
         found.append(
             f"the longest rewrite takes about {rewrite} tokens, rollout.max_model_len is {config.rollout.max_model_len}: "
             "prompts that need more are refused as prompt_too_long"
@@ -297,32 +259,66 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "plan",
         help="show what a configuration asks for; start nothing",
         description="Resolved configuration, placement, batch arithmetic in prompts, pairs and tokens, memory estimate.\n"
-        "Exit code 0 when a run could start here, 3 when not.",
-        epilog="example:\n  sgpo-dist plan --config examples/demo.yaml learner.train_batch_size=16",
+        "Model and data need not be here. Exit code 0 when a run could start here (or with --gpus there), 3 when not.",
+        epilog="examples:\n  sgpo-dist plan --config examples/demo.yaml learner.train_batch_size=16\n"
+        "  sgpo-dist plan --config examples/qwen2.5-7b.yaml --gpus 8x80",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_config_arguments(parser)
+    parser.add_argument("--gpus", metavar="COUNTxGIB", type=some_gpus, help="plan for another machine, with these GPUs and enough of all else")
     parser.set_defaults(run=run)
 
 
+def some_gpus(text: str) -> tuple[Gpu, ...]:
+    """Devices from "8x80": eight of 80 GiB. Raises ArgumentTypeError."""
+    match = GPUS.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is not of the form COUNTxGIB, such as 8x80")
+    memory = int(match[2]) * GIB
+    return (Gpu(f"{match[2]} GiB", memory, memory),) * int(match[1])
+
+
 def run(args: argparse.Namespace, session: Session) -> int:
-    """Print the plan; 0 when it is possible here, else 3."""
+    """Print the plan; 0 when it is possible, else 3."""
     config = read_config(args, session)
-    plan = plan_here(config)
+    absent = absent_data(config)
+    plan = make_plan(config, *_surroundings(config, args.gpus), None if absent else data_facts(config))
     session.say("resolved configuration")
     session.text(dump_redacted(config))
     show(plan, session)
+    if absent:
+        session.say(f"note: data not here yet: {', '.join(absent)}. Rows are not counted; `train` needs them (examples/README.md)")
+    if not plan.problems:
+        session.say("nothing stands in the way of this run" + (" on such a machine" if args.gpus else ""), style="green")
     return EnvironmentProblem.exit_code if plan.problems else 0
 
 
 def plan_here(config: Config) -> Plan:
-    """The plan on this machine with the real data. A resumed run's own files count as free disk. Raises SgpoError for bad data or model."""
+    """The plan on this machine with the real data. Raises SgpoError for bad or missing data, or a broken model."""
+    return make_plan(config, *_surroundings(config), data_facts(config))
+
+
+def _surroundings(config: Config, gpus: tuple[Gpu, ...] | None = None) -> tuple[Machine, ModelFacts | None]:
+    """This machine, or another with ``gpus``, of which nothing else is known; and the model. A resumed run's own files count as free disk."""
     machine = observe_machine(Path(config.output_dir))
-    corpus: Corpus = load_corpus(config.data, config.seed)
-    facts = DataFacts(len(corpus.references), len(corpus.prompts), len(corpus.heldout))
     own = sum(path.stat().st_size for path in config.run_dir.rglob("*") if path.is_file()) if config.run_dir.is_dir() else 0
-    machine = Machine(machine.cores, machine.ram, machine.ram_available, machine.disk_free + own, machine.shm_free, machine.gpus)
-    return make_plan(config, machine, model_facts(config.model.model_name_or_path), facts)
+    machine = replace(machine, disk_free=machine.disk_free + own)
+    if gpus:
+        machine = Machine(machine.cores, sys.maxsize, sys.maxsize, sys.maxsize, sys.maxsize, gpus)
+    return machine, model_facts(config.model.model_name_or_path)
+
+
+def data_facts(config: Config) -> DataFacts:
+    """Rows by role, read. Raises DataError."""
+    corpus: Corpus = load_corpus(config.data, config.seed)
+    return DataFacts(len(corpus.references), len(corpus.prompts), len(corpus.heldout), len(corpus.given))
+
+
+def absent_data(config: Config) -> list[str]:
+    """Configured data files and directories that do not exist (yet)."""
+    paths = (config.data.path, config.data.prompts_path, config.data.heldout_path)
+    names = [part.strip() for path in paths if path for part in (path.split(",") if isinstance(path, str) else path)]
+    return [name for name in dict.fromkeys(names) if name and name not in BUILT_IN and not Path(name).expanduser().exists()]
 
 
 def show(plan: Plan, session: Session) -> None:
@@ -332,13 +328,12 @@ def show(plan: Plan, session: Session) -> None:
     if plan.memory:
         memory = [Figure(part.part, ("GPU " if part.on_gpu else "RAM ") + gib(part.num_bytes), part.why) for part in plan.memory]
         total = sum(part.num_bytes for part in plan.memory if not part.on_gpu)
-        session.table("memory and disk (estimated)", _figures([*memory, Figure("RAM in all", gib(total)), plan.disk]))
+        device = [plan.device] if plan.device else []
+        session.table("memory and disk (estimated)", _figures([*memory, *device, Figure("RAM in all", gib(total)), plan.disk]))
     for line in plan.warnings:
         session.say(f"warning: {line}", style="yellow")
     for line in plan.problems:
         session.say(f"problem: {line}", style="bold red")
-    if not plan.problems:
-        session.say("nothing stands in the way of this run", style="green")
 
 
 def _figures(lines: Sequence[Figure]) -> Table:

@@ -44,6 +44,11 @@ class Corpus:
     dropped: int = 0
     origins: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def given(self) -> tuple[Prompt, ...]:
+        """Rows of the references that bring a pair of their own: chosen and rejected."""
+        return tuple(prompt for prompt in self.references if prompt.rejected is not None and prompt.reference is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class Columns:
@@ -148,15 +153,15 @@ def _held_out(data: DataConfig, columns: Columns, seed: int) -> list[_Row]:
 
 
 def _refuse_shared(references: Sequence[_Row], heldout: Sequence[_Row]) -> None:
-    taught = {_content(row.prompt): row.where for row in references}
+    taught = {content(row.prompt): row.where for row in references}
     for row in heldout:
-        if _content(row.prompt) in taught:
-            raise DataError(f"{row.where} is held out but {taught[_content(row.prompt)]} trains on the same prompt; remove one of them")
+        if content(row.prompt) in taught:
+            raise DataError(f"{row.where} is held out but {taught[content(row.prompt)]} trains on the same prompt; remove one of them")
 
 
 def _unseen(asked: Sequence[_Row], seen: Iterable[_Row]) -> tuple[list[_Row], int]:
-    known = {_content(row.prompt) for row in seen}
-    kept = [row for row in asked if _content(row.prompt) not in known]
+    known = {content(row.prompt) for row in seen}
+    kept = [row for row in asked if content(row.prompt) not in known]
     return kept, len(asked) - len(kept)
 
 
@@ -180,13 +185,13 @@ def _origins(rows: Iterable[_Row]) -> dict[str, str]:
     return origins
 
 
-def _content(prompt: Prompt) -> tuple[str, ...]:
+def content(prompt: Prompt) -> tuple[str, ...]:
     """What counts as the same prompt: the turns but for white space and the system line."""
     return tuple(" ".join(message.content.split()) for message in prompt.messages if message.role != "system")
 
 
 def _without_reference(row: _Row) -> _Row:
-    return replace(row, prompt=replace(row.prompt, reference=None))
+    return replace(row, prompt=replace(row.prompt, reference=None, rejected=None))
 
 
 def _prompts(rows: Iterable[_Row]) -> tuple[Prompt, ...]:
@@ -216,13 +221,14 @@ def _raw_rows(spec: str, split: str) -> list[tuple[str, Any]]:
     if not path.is_file():
         raise DataError(f"data path '{spec}' is neither a built-in set ({', '.join(BUILT_IN)}) nor a file or directory here")
     if path.suffix == ".parquet":
-        return list(_parquet_rows(path))
+        return list(parquet_rows(path))
     if path.suffix in (".jsonl", ".ndjson", ".json"):
-        return list(_json_rows(path))
+        return list(json_rows(path))
     raise DataError(f"data path '{spec}' has an unknown format; use .jsonl, .parquet or a directory of the datasets library")
 
 
-def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(file and line, row) of a JSONL file. Raises DataError for a line that is no JSON or oversized."""
     try:
         yield from _json_lines(path)
     except OSError as problem:
@@ -251,7 +257,8 @@ def _json(line: bytes, where: str) -> Any:
         raise DataError(f"{where}: invalid JSON ({what}); each line must hold one JSON object") from None
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """(file and row number, row) of a Parquet file. Raises DataError when it cannot be read."""
     import pyarrow
     import pyarrow.parquet
 
@@ -321,7 +328,7 @@ def _parse(row: Any, where: str, source: str, columns: Columns) -> Prompt:
     if not messages or messages[-1].role != "user" or not messages[-1].content.strip():
         raise DataError(f"{where}: the prompt must end with a user turn that is not empty")
     named = _optional_text(row, "source", where) or source
-    return Prompt(_prompt_id(row, where, source, messages, reference), messages, reference, named)
+    return Prompt(_prompt_id(row, where, source, messages, reference), messages, reference, named, _rejected(row, where))
 
 
 def _conversation(row: Mapping[str, Any], where: str, columns: Columns) -> tuple[tuple[Message, ...], str | None]:
@@ -354,6 +361,11 @@ def _reference(row: Mapping[str, Any], where: str, columns: Columns) -> str | No
     if not turns or turns[-1].role != "assistant":
         raise DataError(f"{where}: '{key}' must end with an assistant turn")
     return _answer(turns[-1].content, f"{where}: '{key}'")
+
+
+def _rejected(row: Mapping[str, Any], where: str) -> str | None:
+    """The given weaker answer of a row of preference data."""
+    return _reference(row, where, Columns(reference="rejected")) if row.get("rejected") is not None else None
 
 
 def _reference_keys(columns: Columns) -> tuple[str, ...]:
@@ -403,8 +415,8 @@ def _prompt_id(row: Mapping[str, Any], where: str, source: str, messages: Sequen
         return str(given)
     if given is not None:
         return _optional_text(row, "id", where) or ""
-    content = json.dumps([source, [[message.role, message.content] for message in messages], reference], ensure_ascii=False)
-    digest = hashlib.blake2b(content.encode(), digest_size=6).hexdigest()
+    named = json.dumps([source, [[message.role, message.content] for message in messages], reference], ensure_ascii=False)
+    digest = hashlib.blake2b(named.encode(), digest_size=6).hexdigest()
     return f"{source}-{where.rsplit(' ', 1)[-1]}-{digest}"
 
 

@@ -1,8 +1,8 @@
 """Held-out figures of one model in both roles, and models side by side.
 
 ``evaluate`` is called once a model with what the workers generated; ``table`` by the command line and the report. Every figure is a mean
-over prompts, so two models answer the same prompts and differences can be paired. Rows of the starter set ``orders`` are scored
-exactly, all others by how close they come to the reference. Leaves out: generating, and storing the rows.
+over prompts, so two models answer the same prompts and differences can be paired. A source is scored by the user's function if it has one,
+the starter set ``orders`` exactly, all others by how close they come to the reference. Leaves out: generating, and storing the rows.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from sgpo_dist.evaluate.embedding import similarities
+from sgpo_dist.evaluate.scoring import Scorer, exact_score, scorer_of, share
 from sgpo_dist.evaluate.text_metrics import ended, mean, repetitions, rouge_l, standard_error, token_counts
 from sgpo_dist.prompts import parse_refinement
 from sgpo_dist.records import Completion, Prompt
@@ -20,7 +21,7 @@ from sgpo_dist.starter import orders
 Similarity = Callable[[Sequence[str], Sequence[str]], list[float]]
 Values = Mapping[str, tuple[float, ...]]
 
-EXACT_SOURCE: Final = "orders"
+NO_SCORERS: Final[Mapping[str, Scorer]] = {}
 SAME: Final = 1e-6
 """Scores closer than this are equal: the same text embeds a little differently in another batch."""
 DISPLAY_ORDER: Final = (
@@ -77,16 +78,18 @@ def evaluate(
     refinements: Sequence[Completion],
     reference_logps: Sequence[float | None] | None = None,
     similarity: Similarity = similarities,
+    scorers: Mapping[str, Scorer] = NO_SCORERS,
 ) -> list[EvalRow]:
     """One row a source, in order of first appearance; the four sequences run in parallel over the held-out prompts.
 
-    ``reference_logps`` are log-likelihoods per token (nats) of the references. Scores need a reference; a source without any
-    gets the figures that need none.
+    ``reference_logps`` are log-likelihoods per token (nats) of the references. ``scorers`` are the user's functions by source. Without one,
+    scores need a reference, and a source without any gets the figures that need none. Raises DataError when a function fails.
     """
     logps = [None] * len(prompts) if reference_logps is None else reference_logps
     items = [_Item(*parts) for parts in zip(prompts, responses, refinements, logps, strict=True)]
     sources = list(dict.fromkeys(item.prompt.source for item in items))
-    return [_row(model, source, [item for item in items if item.prompt.source == source], similarity) for source in sources]
+    parts = {source: [item for item in items if item.prompt.source == source] for source in sources}
+    return [_row(model, source, part, _score_values(part, similarity, scorer_of(source, scorers))) for source, part in parts.items()]
 
 
 def table(rows: Sequence[EvalRow]) -> list[list[str]]:
@@ -119,11 +122,8 @@ def row_from(tree: Mapping[str, Any]) -> EvalRow:
     return EvalRow(tree["model"], tree["source"], dict(tree["figures"]), tree["n"], per_prompt)
 
 
-def _row(model: str, source: str, items: Sequence[_Item], similarity: Similarity) -> EvalRow:
-    values = _plain_values(items)
-    known = [item for item in items if item.prompt.reference is not None]
-    if known:
-        values |= _exact_values(known) if source == EXACT_SOURCE else _likeness_values(known, similarity)
+def _row(model: str, source: str, items: Sequence[_Item], scores: dict[str, tuple[float, ...]]) -> EvalRow:
+    values = _plain_values(items) | scores
     figures = {name: mean(column) for name, column in values.items()}
     if "improver_gain" in values:
         figures["improver_gain_se"] = standard_error(values["improver_gain"])
@@ -142,11 +142,25 @@ def _plain_values(items: Sequence[_Item]) -> dict[str, tuple[float, ...]]:
     return values | ({"reference_logp_per_token": logps} if logps else {})
 
 
+def _score_values(items: Sequence[_Item], similarity: Similarity, scorer: Scorer | None) -> dict[str, tuple[float, ...]]:
+    """Nothing when there is neither a function of the user's nor a reference."""
+    known = [item for item in items if item.prompt.reference is not None]
+    if scorer is not None and scorer is not exact_score:
+        return _scored_values(items, scorer)
+    if not known:
+        return {}
+    return _likeness_values(known, similarity) if scorer is None else _exact_values(known)
+
+
+def _scored_values(items: Sequence[_Item], scorer: Scorer) -> dict[str, tuple[float, ...]]:
+    before = [share(scorer, item.answer, item.prompt) for item in items]
+    after = [share(scorer, item.rewrite, item.prompt) for item in items]
+    return {"score": tuple(before)} | _gains(items, before, after)
+
+
 def _exact_values(items: Sequence[_Item]) -> dict[str, tuple[float, ...]]:
-    before = [orders.field_score(item.answer, _reference(item)) for item in items]
-    after = [orders.field_score(item.rewrite, _reference(item)) for item in items]
     exact = tuple(float(orders.exact(item.answer, _reference(item))) for item in items)
-    return {"score": tuple(before), "exact": exact} | _gains(items, before, after)
+    return {"exact": exact} | _scored_values(items, exact_score)
 
 
 def _likeness_values(items: Sequence[_Item], similarity: Similarity) -> dict[str, tuple[float, ...]]:

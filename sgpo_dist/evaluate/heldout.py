@@ -1,7 +1,8 @@
 """Held-out figures of the model that is on the workers now, in both roles, kept side by side in evaluation.json.
 
-Called by the story at each stage's end. Workers generate (greedy), the learner scores references; the figures themselves are
-``evaluation``'s business. A model already in the file is not evaluated again, so a resumed run does not repeat it.
+Called by the story at each stage's end, and between steps for the improver's check. Workers generate (greedy), the learner scores
+references; the figures themselves are ``evaluation``'s business. A model already in the file is not evaluated again, so a resumed run does
+not repeat it.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sgpo_dist.errors import RunFailed
 from sgpo_dist.evaluate.evaluation import EvalRow, evaluate, row_from, row_tree
+from sgpo_dist.evaluate.scoring import load_scorers
+from sgpo_dist.evaluate.text_metrics import mean
 from sgpo_dist.recorder import Recorder
 from sgpo_dist.records import Completion, Prompt, Role, TokenExample, sampling_seed
 from sgpo_dist.roles import GenerateRequest
@@ -24,33 +27,58 @@ FILE = "evaluation.json"
 
 
 async def evaluate_heldout(run: Run, model: str) -> list[EvalRow]:
-    """One row a source for ``model``, from the file if it is there. Empty when evaluation is off or nothing is held out."""
+    """One row a source for ``model``, from the file if it is there. Empty when evaluation is off or nothing is held out.
+
+    Raises ConfigError when a function of ``eval.scorer`` cannot be had, DataError when it fails.
+    """
     path = run.directory / FILE
     known = [row for row in read_rows(path) if row.model == model]
     if known or not run.config.eval.enabled or not run.corpus.heldout:
         return known
-    prompts = run.corpus.heldout
-    responses = await _answer(run, model, Role.POLICY, [run.book.policy_ids(prompt) for prompt in prompts])
-    drafts = [run.book.improver_ids(prompt, response.text) for prompt, response in zip(prompts, responses, strict=True)]
-    refinements = await _answer(run, model, Role.IMPROVER, drafts)
+    prompts, scorers = run.corpus.heldout, load_scorers(run.config.eval.scorer)
+    responses, refinements = await _both_roles(run, model, prompts)
     logps = await _reference_logps(run, prompts)
-    rows = await asyncio.to_thread(evaluate, model, prompts, responses, refinements, logps)  # embeds on the CPU for seconds
+    rows = await asyncio.to_thread(evaluate, model, prompts, responses, refinements, logps, scorers=scorers)  # embeds on the CPU for seconds
     write_rows(path, [*read_rows(path), *rows])
     for row in rows:
         run.recorder.event("evaluated", model=model, source=row.source, **row.figures)
     return rows
 
 
+async def improver_check(run: Run, limit: int) -> Mapping[str, float]:
+    """How the improver does now, on at most ``limit`` held-out prompts, both roles greedy: shares of rewrites that win and lose against the
+    response they rewrite (the rest ties), the mean gain in score, and the share of plain copies. Empty when no held-out prompt can be scored.
+    """
+    prompts, scorers = _spread(run.corpus.heldout, limit), load_scorers(run.config.eval.scorer)
+    if not prompts:
+        return {}
+    responses, refinements = await _both_roles(run, f"check-{run.progress.global_step}", prompts)
+    rows = await asyncio.to_thread(evaluate, "check", prompts, responses, refinements, scorers=scorers)
+    columns = {
+        "improver/win_rate": _joined(rows, "improver_better"),
+        "improver/loss_rate": _joined(rows, "improver_worse"),
+        "improver/gain": _joined(rows, "improver_gain"),
+        "improver/copy_rate": _joined(rows, "improver_identical"),
+    }
+    return {name: mean(column) for name, column in columns.items()} if columns["improver/win_rate"] else {}
+
+
 def improver_verdict(rows: Sequence[EvalRow], gate: str, recorder: Recorder) -> None:
-    """Does the improver's rewrite beat its draft on held-out prompts? Records it; raises RunFailed when ``gate`` is 'stop' and it does not."""
+    """Does the improver's rewrite beat its draft on held-out prompts of every source? Records it.
+
+    It passes when more rewrites are better than worse; ties count for neither. Raises RunFailed when ``gate`` is 'stop' and it does not.
+    """
     for row in rows:
         if "improver_better" not in row.figures:  # held-out rows without references cannot be judged
             continue
         better, worse = row.figures["improver_better"], row.figures["improver_worse"]
-        recorder.event("improver_gate", source=row.source, better=better, worse=worse, passed=better > worse)
+        ties = max(0.0, 1.0 - better - worse)
+        recorder.event("improver_gate", source=row.source, better=better, worse=worse, ties=ties, passed=better > worse)
         if better > worse or gate == "off":
             continue
-        line = f"on held-out '{row.source}' the improver's rewrite is better in {better:.0%} and worse in {worse:.0%}"
+        judged = len(row.per_prompt.get("improver_better", ())) or row.n
+        counts = f"better in {better:.0%}, worse in {worse:.0%} and as good in {ties:.0%} of {judged}"
+        line = f"on held-out '{row.source}' the improver's rewrite is {counts}"
         if gate == "stop":
             raise RunFailed(f"{line}; teach it longer or with another reviser, or set improver.gate=warn to go on")
         recorder.message(f"improver gate: {line} (improver.gate=warn: going on)")
@@ -70,6 +98,23 @@ def write_rows(path: Path, rows: Sequence[EvalRow]) -> None:
     draft = path.with_suffix(".tmp")
     draft.write_text(json.dumps(tree, indent=1), encoding="utf-8")
     os.replace(draft, path)
+
+
+async def _both_roles(run: Run, model: str, prompts: Sequence[Prompt]) -> tuple[list[Completion], list[Completion]]:
+    """Greedy responses, and greedy refinements of them."""
+    responses = await _answer(run, model, Role.POLICY, [run.book.policy_ids(prompt) for prompt in prompts])
+    drafts = [run.book.improver_ids(prompt, response.text) for prompt, response in zip(prompts, responses, strict=True)]
+    return responses, await _answer(run, model, Role.IMPROVER, drafts)
+
+
+def _spread(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
+    """At most ``limit`` of them at even distances, so that every source has its share."""
+    count = min(limit, len(prompts))
+    return [prompts[place * len(prompts) // count] for place in range(count)]
+
+
+def _joined(rows: Sequence[EvalRow], name: str) -> list[float]:
+    return [value for row in rows for value in row.per_prompt.get(name, ())]
 
 
 async def _answer(run: Run, model: str, role: Role, prompts: Sequence[tuple[int, ...]]) -> list[Completion]:

@@ -34,12 +34,13 @@ EXAMPLES: Final = 6
 LONGEST_TEXT: Final = 4000
 LONGEST_TABLE: Final = 60
 
+Curve = tuple[str, str, tuple[str, ...]]
+
 CURVES: Final = (
     ("Loss", "lower is better; the preference loss starts at 0.693", ("loss",)),
     ("Reward margin", "beta times how much more the model prefers the rewrite than its reference does", ("rewards/margins",)),
     ("Reward accuracy", "share of pairs whose rewrite got the higher reward", ("rewards/accuracies",)),
     ("Rewards", "of rewrites and responses; both falling is a warning", ("rewards/chosen", "rewards/rejected")),
-    ("Log-probabilities", "nats a text, of rewrites and responses", ("logps/chosen", "logps/rejected")),
     ("Lengths", "tokens of rewrites and responses", ("completions/chosen_length", "completions/rejected_length")),
     ("Staleness", "weight versions between a pair's oldest token and its step", ("staleness",)),
     ("Gradient norm", "before clipping", ("grad_norm",)),
@@ -49,9 +50,23 @@ CURVES: Final = (
 )
 """Title, what to read from it, metric names: one chart a stage that has any of them."""
 
+HEALTH_CURVES: Final = (
+    ("Win rate", "share of held-out answers that the improver makes better, and worse", ("improver/win_rate", "improver/loss_rate")),
+    ("Change", "share of the words that a rewrite changes; falling to 0 means copies", ("improver/edit_ratio",)),
+    ("Copies and talk", "share of outcomes refused as copies, and for talk about rewriting", ("improver/copy_rate", "improver/meta_talk_rate")),
+    ("Length of rewrites", "tokens of rewrites as a multiple of the responses'; the model may learn length", ("improver/length_ratio",)),
+    ("Log-probabilities", "nats a text; rewrites and responses falling together come before a collapse", ("logps/chosen", "logps/rejected")),
+    ("Responses", "share of repeated word triples, and of answers that end by themselves", ("completions/repetition", "completions/eos_share")),
+)
+"""The same for the section about the improver's health."""
+
+VERDICTS: Final = ("brake", "rolled_back", "improver_gate", "improver_check")
+"""Events that judge the improver or the stage."""
+
 FAULTS: Final = re.compile(
     r"attempt|lost|fault|restart|replaced|dead|hung|crash|quarantin|damaged|rebuilt|resum|stop|fail|poison", re.IGNORECASE
 )
+"""Kinds of events that begin or end an attempt, or tell what went wrong in between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +96,8 @@ class Page:
     facts: ReportTable
     evaluation: ReportTable | None = None
     charts: Mapping[str, tuple[Chart, ...]] = field(default_factory=dict)
+    health: Mapping[str, tuple[Chart, ...]] = field(default_factory=dict)
+    verdicts: ReportTable | None = None
     states: ReportTable | None = None
     refusals: ReportTable | None = None
     examples: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
@@ -118,12 +135,14 @@ def read_page(directory: RunDirectory) -> Page:
         name=directory.path.name,
         facts=_facts(directory, config, metrics, events),
         evaluation=_evaluation(directory.evaluation_file),
-        charts=_charts(metrics),
+        charts=_charts(metrics, CURVES),
+        health=_charts(metrics, HEALTH_CURVES),
+        verdicts=_listed([event for event in events if event.kind in VERDICTS]),
         states=_counts(state_counts(directory.database), "prompts") if has_pairs else None,
         refusals=_counts(refusal_counts(directory.database), "prompts") if has_pairs else None,
         examples=_examples(pairs),
         versions=_versions(events),
-        faults=_faults(events),
+        faults=_listed([event for event in events if FAULTS.search(event.kind)]),
         config=config,
     )
 
@@ -166,13 +185,14 @@ def _evaluation(path: Path) -> ReportTable | None:
     return ReportTable(tuple(header), tuple(tuple(one_line(cell) for cell in row) for row in rows)) if rows else None
 
 
-def _charts(metrics: Sequence[MetricRow]) -> dict[str, tuple[Chart, ...]]:
+def _charts(metrics: Sequence[MetricRow], curves: Sequence[Curve]) -> dict[str, tuple[Chart, ...]]:
+    """The charts of each stage that has any."""
     found = {}
     for stage in dict.fromkeys(row.stage for row in metrics):
         rows = sorted((row for row in metrics if row.stage == stage), key=lambda row: row.step)
-        drawn = (chart(title, about, [_series(name, rows) for name in names]) for title, about, names in CURVES)
+        drawn = (chart(title, about, [_series(name, rows) for name in names]) for title, about, names in curves)
         found[stage] = tuple(one for one in drawn if one is not None)
-    return found
+    return {stage: charts for stage, charts in found.items() if charts}
 
 
 def _series(name: str, rows: Sequence[MetricRow]) -> Series:
@@ -231,10 +251,8 @@ def _version_row(event: EventRow) -> tuple[str, ...]:
     )
 
 
-def _faults(events: Sequence[EventRow]) -> ReportTable | None:
-    """Beginnings and ends of attempts, and whatever went wrong in between."""
-    rows = [(_clock(event.time), event.kind, _fields(event)) for event in events if FAULTS.search(event.kind)]
-    return _shortened(("when", "what", "details"), rows)
+def _listed(events: Sequence[EventRow]) -> ReportTable | None:
+    return _shortened(("when", "what", "details"), [(_clock(event.time), event.kind, _fields(event)) for event in events])
 
 
 def _fields(event: EventRow) -> str:

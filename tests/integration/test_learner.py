@@ -9,6 +9,7 @@ import random
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from learner.batch import collate_packed, example_row
 from learner.deepspeed_engine import join
 from learner.group import PORT_TAKEN, GroupSpec, LearnerGroup
 from learner.learner import LearnerRank, RankSpec
@@ -83,8 +85,8 @@ def preference_stage(model_dir: str, learning_rate: float = 1e-3, **loss: Any) -
     return LearnerStage(Stage.PREFERENCE, model_dir, plan, LossPlan(**loss), model_dir)
 
 
-def nll_stage(model_dir: str, learning_rate: float = 1e-3) -> LearnerStage:
-    return LearnerStage(Stage.SFT, model_dir, OptimiserPlan(learning_rate, STEPS, warmup_ratio=0.0))
+def nll_stage(model_dir: str, learning_rate: float = 1e-3, packing: bool = False) -> LearnerStage:
+    return LearnerStage(Stage.SFT, model_dir, OptimiserPlan(learning_rate, STEPS, warmup_ratio=0.0), packing=packing)
 
 
 def tokens(draw: random.Random, count: int) -> tuple[int, ...]:
@@ -110,12 +112,34 @@ def examples(count: int = 5) -> list[TokenExample]:
     return [TokenExample(f"e{n}", tokens(draw, 3 + n), tokens(draw, 2 + n), weight=1.0) for n in range(count)]
 
 
+def weighted_examples() -> list[TokenExample]:
+    """Rows and tokens of unequal weights; the first row's tokens all weigh 1."""
+    rows = [replace(row, weight=0.5 + n) for n, row in enumerate(examples())]
+    return rows[:1] + [replace(row, token_weights=tuple(0.25 * (1 + place) for place in range(len(row.completion_ids)))) for row in rows[1:]]
+
+
 def plain_logps(model: Any, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
     """Per-token log-probs by transformers' own forward pass over one sequence."""
-    ids = torch.tensor([[*prompt, *completion]])
     with torch.no_grad():
-        scores = model(ids).logits[0, :-1].float().log_softmax(-1)
+        return differentiable_logps(model, prompt, completion)
+
+
+def differentiable_logps(model: Any, prompt: Sequence[int], completion: Sequence[int]) -> torch.Tensor:
+    ids = torch.tensor([[*prompt, *completion]])
+    scores = model(ids).logits[0, :-1].float().log_softmax(-1)
     return scores.gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
+
+
+def plain_nll(model: Any, rows: Sequence[TokenExample]) -> torch.Tensor:
+    """sum(w_row * w_token * -logp) / sum(w_row * w_token), one sequence at a time."""
+    weights = [row.weight * torch.tensor(row.token_weights or [1.0] * len(row.completion_ids)) for row in rows]
+    losses = [-(weight * differentiable_logps(model, row.prompt_ids, row.completion_ids)).sum() for weight, row in zip(weights, rows, strict=True)]
+    return torch.stack(losses).sum() / torch.cat(weights).sum()
+
+
+def gradient_norm(model: Any, loss: torch.Tensor) -> float:
+    loss.backward()
+    return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]))
 
 
 # ---- steps of one rank ------------------------------------------------------------------------------------------------------------
@@ -208,6 +232,109 @@ def test_an_empty_completion_is_refused(make_rank: Callable[..., LearnerRank], m
         rank.nll_step(1, [TokenExample("e9", (1,), ())])
 
 
+@pytest.mark.parametrize("budget", [16, 100_000])
+def test_token_weights_are_exact_whatever_the_split(make_rank: Callable[..., LearnerRank], model_dir: str, budget: int):
+    rank, rows = make_rank(max_tokens_per_micro_batch=budget), weighted_examples()
+    rank.begin_stage(nll_stage(model_dir))
+    metrics = rank.nll_step(1, rows)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    expected = plain_nll(model, rows)
+    assert metrics["loss"] == pytest.approx(expected.item(), abs=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(gradient_norm(model, expected), rel=1e-4)
+    assert abs(metrics["loss"] - plain_nll(model, examples()).item()) > 1e-3  # the weights did something
+
+
+@pytest.mark.parametrize("budget", [20, 100_000])
+def test_replay_adds_its_share_of_nll(make_rank: Callable[..., LearnerRank], model_dir: str, budget: int):
+    """Four rows beside six pairs: preference loss + 4/6 of the rows' mean NLL, in the loss and in the gradient."""
+    rank, rows = make_rank(max_tokens_per_micro_batch=budget), weighted_examples()[1:]
+    rank.begin_stage(preference_stage(model_dir, beta=0.5))
+    metrics = rank.preference_step(1, pairs(0), rows)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    margins = []
+    for pair in pairs(0):
+        chosen, rejected = (differentiable_logps(model, pair.prompt_ids, half.token_ids).sum() for half in (pair.chosen, pair.rejected))
+        margins.append(0.5 * (chosen - chosen.detach() - rejected + rejected.detach()))
+    replayed = plain_nll(model, rows)
+    expected = -torch.nn.functional.logsigmoid(torch.stack(margins)).mean() + 4 / 6 * replayed
+    assert metrics["replay/nll_loss"] == pytest.approx(replayed.item(), abs=1e-5)
+    assert metrics["loss"] == pytest.approx(math.log(2) + 4 / 6 * replayed.item(), abs=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(gradient_norm(model, expected), rel=1e-4)
+    pair_tokens = rank.preference_step(2, pairs(0))["perf/tokens"]
+    assert metrics["perf/tokens"] == pair_tokens + sum(len(row.prompt_ids + row.completion_ids) for row in rows)
+
+
+def test_simpo_needs_no_reference(make_rank: Callable[..., LearnerRank], model_dir: str):
+    rank, batch = make_rank(), pairs(0)
+    rank.begin_stage(replace(preference_stage(model_dir, loss_type="simpo", beta=2.0, simpo_gamma=0.25), reference_dir="/nowhere"))
+    assert rank._current.reference is None
+    metrics = rank.preference_step(1, batch)
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    means = [[float(plain_logps(model, pair.prompt_ids, half.token_ids).mean()) for half in (pair.chosen, pair.rejected)] for pair in batch]
+    losses = [math.log1p(math.exp(0.5 - 2 * (chosen - rejected))) for chosen, rejected in means]
+    assert metrics["loss"] == pytest.approx(sum(losses) / len(batch), abs=1e-5)
+    assert metrics["rewards/chosen"] == pytest.approx(sum(2 * chosen for chosen, _ in means) / len(batch), abs=1e-5)
+    assert rank._current.reference_logps == {}
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid_norm", "robust", "ipo", "hinge", "apo_zero", "dpop"])
+def test_every_loss_trains_and_does_not_depend_on_the_split(make_rank: Callable[..., LearnerRank], model_dir: str, loss_type: str):
+    """A second step, where the policy is no longer its reference. IPO and the normalised loss divide by tokens, which the split must not mix up."""
+    found = []
+    for budget in (40, 100_000):
+        rank = make_rank(max_tokens_per_micro_batch=budget)
+        rank.begin_stage(preference_stage(model_dir, loss_type=loss_type, beta=0.5, label_smoothing=0.1))
+        found.append([rank.preference_step(step, pairs(0)) for step in (1, 2)])
+        rank._end_stage()
+    (first, second), (_, other) = found
+    assert second["loss"] < first["loss"]
+    for name in ("loss", "rewards/margins", "grad_norm"):
+        assert second[name] == pytest.approx(other[name], rel=2e-4, abs=1e-5), name
+
+
+def test_a_refreshed_reference_is_the_given_model(make_rank: Callable[..., LearnerRank], model_dir: str, tmp_path: Path):
+    rank, batch = make_rank(), pairs(0)
+    rank.begin_stage(preference_stage(model_dir))
+    for step in (1, 2):
+        rank.preference_step(step, batch)
+    rank.export(str(tmp_path / "model"))
+    rank.refresh_reference(str(tmp_path / "model"))
+    assert rank._current.reference_logps == {}
+    metrics = rank.preference_step(3, batch)  # pairs whose log-probs under the old reference were known
+    assert metrics["rewards/chosen"] == pytest.approx(0.0, abs=1e-5)
+    assert metrics["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert rank.preference_step(4, batch)["rewards/margins"] > 0.01
+
+
+# ---- packing ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("attention", "budget"), [("sdpa", 16), ("sdpa", 100_000), ("eager", 100_000)])
+def test_packed_rows_score_and_train_as_padded_ones(make_rank: Callable[..., LearnerRank], model_dir: str, attention: str, budget: int):
+    rows, found = [*weighted_examples(), *(replace(row, uid=f"{row.uid}+") for row in examples())], []
+    for packing in (False, True):
+        rank = make_rank(attn_implementation=attention, max_tokens_per_micro_batch=budget)
+        rank.begin_stage(nll_stage(model_dir, packing=packing))
+        batches = list(rank._micro_batches([example_row(row) for row in rows], packing))
+        assert sum(len(numbers) for numbers, _ in batches) == len(rows)
+        found.append((sum(micro.input_ids_B_L.shape[0] for _, micro in batches), rank.nll_step(1, rows)))
+        rank._end_stage()
+    (padded, plain), (packed, metrics) = found
+    assert packed < padded  # rows did share sequences
+    assert metrics["loss"] == pytest.approx(plain["loss"], abs=1e-5)
+    assert metrics["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
+
+
+def test_a_packed_token_scores_as_if_its_row_were_alone(make_rank: Callable[..., LearnerRank], model_dir: str):
+    rank, rows = make_rank(), examples()
+    rank.begin_stage(nll_stage(model_dir))
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    with torch.no_grad():
+        logps = rank._current.engine.scorer(collate_packed([[example_row(row) for row in rows]]))
+    expected = torch.cat([plain_logps(model, row.prompt_ids, row.completion_ids) for row in rows])
+    assert logps.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
 # ---- adapters ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -221,6 +348,13 @@ def test_adapters_off_is_the_reference(make_rank: Callable[..., LearnerRank], mo
     for pair in pairs(1):
         expected = float(plain_logps(model, pair.prompt_ids, pair.chosen.token_ids).sum())
         assert rank._current.reference_logps[pair.uid][0] == pytest.approx(expected, abs=1e-4)
+
+
+def test_adapters_have_no_reference_to_refresh(make_rank: Callable[..., LearnerRank], model_dir: str):
+    rank = make_rank(lora=True)
+    rank.begin_stage(preference_stage(model_dir))
+    with pytest.raises(ConfigError, match=r"preference\.rounds to 1"):
+        rank.refresh_reference(model_dir)
 
 
 def test_published_adapters_are_merged_and_the_originals_untouched(make_rank: Callable[..., LearnerRank], model_dir: str, tmp_path: Path):
@@ -459,7 +593,7 @@ async def train(group: LearnerGroup, stage: LearnerStage, steps: range, count: i
     await group.begin_stage(stage)
     if load is not None:
         await group.load(str(load))
-    return [await group.preference_step(step, pairs(step, count)) for step in steps]
+    return [await group.preference_step(step, pairs(step, count), examples(step)) for step in steps]  # one replay row at step 1: fewer than ranks
 
 
 def weights_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -476,12 +610,12 @@ def test_two_ranks_make_the_update_of_one_and_a_resumed_group_that_of_an_uninter
         alone = await train(one, stage, range(1, 5), count=5)
         together = await train(two, stage, range(1, 3), count=5)
         for ours, theirs in zip(alone, together, strict=False):
-            for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "nll_loss", "perf/tokens"):
+            for name in ("loss", "grad_norm", "rewards/margins", "logps/chosen", "nll_loss", "replay/nll_loss", "perf/tokens"):
                 assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), name
         await two.export(str(tmp_path / "two-2"))
         await two.save(str(tmp_path / "saved"))
         await two.logps(examples())
-        [await two.preference_step(step, pairs(step, 5)) for step in (3, 4)]
+        [await two.preference_step(step, pairs(step, 5), examples(step)) for step in (3, 4)]
         await asyncio.gather(two.export(str(tmp_path / "two-4")), one.export(str(tmp_path / "one-4")))
         await one.stop()
         await two.stop()
@@ -489,6 +623,8 @@ def test_two_ranks_make_the_update_of_one_and_a_resumed_group_that_of_an_uninter
         again = LearnerGroup(group_spec(tmp_path, 2, 2))  # new processes
         await train(again, stage, range(3, 5), count=5, load=tmp_path / "saved")
         await again.export(str(tmp_path / "again-4"))
+        await again.refresh_reference(str(tmp_path / "again-4"))
+        assert (await again.preference_step(5, pairs(5)))["rewards/margins"] == pytest.approx(0.0, abs=1e-5)
         bundle = await again.publish(1)
         assert Path(bundle.uri).exists()
         await again.stop()

@@ -10,6 +10,7 @@ import pytest
 
 from sgpo_dist.buffer.audit import audit_run
 from sgpo_dist.buffer.ledger import Ledger
+from sgpo_dist.cli.audit import notes
 from sgpo_dist.errors import ConfigError
 from sgpo_dist.records import Completion, FinishReason, Message, PreferencePair, Prompt, Refusal, RefusalReason, Stage
 from sgpo_dist.roles import StagePlan
@@ -132,6 +133,66 @@ def test_events_must_agree_with_the_ledger(run_dir):
     assert audit_run(run_dir).problems == ("events.jsonl: version 1 was published after version 2 in one attempt",)
     events(run_dir, {"time": 1.0, "kind": "version_published", "version": 9})
     assert audit_run(run_dir).problems == ("events.jsonl: version 9 was published but never entered the ledger",)
+
+
+# ---- rollback ------------------------------------------------------------------------------------------------------------------------
+
+FINISHED = {"time": 3.0, "kind": "stage_finished", "stage": "preference", "steps": 2, "version": 3}
+ROLLED_BACK = {"time": 2.0, "kind": "rolled_back", "stage": "preference", "from_step": 3, "to_step": 2, "reason": "too long"}
+PUBLISHED = {"time": 2.5, "kind": "version_published", "version": 3}
+CHECKPOINT = {"time": 4.0, "kind": "checkpoint", "step": 2}
+LEFT = "preference ended with 2 pairs assigned and not trained, but events.jsonl records no rollback to step 2"
+
+
+def test_pairs_that_a_recorded_rollback_discarded_are_sound_and_counted(run_dir):
+    events(run_dir, ROLLED_BACK, PUBLISHED, FINISHED, CHECKPOINT)
+    report = audit_run(run_dir)
+    assert report.ok
+    row = report.stages[0]
+    assert (row.trained, row.assigned, row.discarded, row.rolled_back_to) == (4, 2, 2, 2)
+    assert notes(report.stages)[1] == "preference discarded by rollback: 2 assigned pairs, of the steps after 2"
+
+
+@pytest.mark.parametrize(
+    "recorded",
+    [
+        (),
+        (ROLLED_BACK | {"stage": "improver"},),
+        (ROLLED_BACK | {"to_step": 1},),
+        (ROLLED_BACK, ROLLED_BACK | {"to_step": 1}),
+    ],
+    ids=["none", "another stage", "another step", "a later one"],
+)
+def test_a_finished_stage_leaves_no_assigned_pairs_without_a_recorded_rollback(run_dir, recorded):
+    events(run_dir, *recorded, PUBLISHED, FINISHED, CHECKPOINT)
+    report = audit_run(run_dir)
+    assert report.problems == (LEFT,)
+    assert report.stages[0].discarded == 0
+
+
+def test_a_stage_is_not_judged_before_it_is_over(run_dir):
+    for rows in ((ROLLED_BACK,), (PUBLISHED, CHECKPOINT), (PUBLISHED, FINISHED), (PUBLISHED, FINISHED, CHECKPOINT, PUBLISHED)):
+        events(run_dir, *rows)
+        report = audit_run(run_dir)
+        assert report.ok, rows
+        assert report.stages[0].discarded == 0
+        assert notes(report.stages) == ["preference refused: empty 1"]
+
+
+def test_a_rollback_behind_trained_rows_is_named(run_dir):
+    events(run_dir, ROLLED_BACK | {"to_step": 1}, PUBLISHED, FINISHED | {"steps": 1}, CHECKPOINT)
+    assert audit_run(run_dir).problems == ("preference: rows up to step 2 count as trained, but the stage ended on step 1",)
+
+
+def test_a_stage_that_only_collects_has_no_steps_to_end_on(tmp_path):
+    with closing(Ledger(tmp_path / "buffer.db", clock=lambda: 0.0, wall=lambda: 0.0, synchronous="OFF")) as ledger:
+        ledger.open_stage(ledger.begin_incarnation(), StagePlan(STAGE, 7, batch_size=2), [Prompt("p0", (Message("user", "question"),))], 0)
+        ledger.advance(1, STAGE, 3)
+    events(tmp_path, PUBLISHED, FINISHED | {"steps": 9}, CHECKPOINT)
+    assert audit_run(tmp_path).ok
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------------------------
 
 
 def checkpoint(run_dir, **facts):

@@ -5,7 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from learner.batch import Row, collate, collate_examples, collate_pairs, example_row, pair_logps, pair_row, plan_micro_batches, segment_sums
+from learner.batch import (
+    Row,
+    collate,
+    collate_examples,
+    collate_packed,
+    collate_pairs,
+    example_row,
+    pack,
+    pair_logps,
+    pair_row,
+    plan_micro_batches,
+    segment_sums,
+    weighted_sums,
+)
 from sgpo_dist.errors import DataError
 from sgpo_dist.records import Completion, FinishReason, Message, PreferencePair, Prompt, Stage, TokenExample
 
@@ -72,6 +85,62 @@ def test_sums_add_the_common_part_to_both_halves():
 def test_a_row_without_completion_is_refused_by_name():
     with pytest.raises(DataError, match="'a'"):
         example_row(TokenExample("a", (1,), ()))
+
+
+def test_token_weights_scale_the_weighted_sums_only():
+    batch = collate_examples([TokenExample("a", (1,), (3, 4), token_weights=(2.0, 0.5)), TokenExample("b", (1, 2), (5,))])
+    logps = torch.tensor([-1.0, -4.0, -3.0])
+    assert weighted_sums(logps, batch).tolist() == [[-4.0], [-3.0]]  # -1 * 2 - 4 * 0.5; tokens of a row without weights count 1
+    assert segment_sums(logps, batch).tolist() == [[-5.0], [-3.0]]
+
+
+def test_rows_without_token_weights_take_the_short_way():
+    batch = collate_examples([TokenExample("a", (1,), (3, 4))])
+    assert batch.weight_N is None
+    assert weighted_sums(torch.tensor([-1.0, -2.0]), batch).tolist() == [[-3.0]]
+
+
+def test_token_weights_of_another_length_are_refused_by_name():
+    with pytest.raises(DataError, match="'a' has 1 token weights for 2 tokens"):
+        example_row(TokenExample("a", (1,), (3, 4), token_weights=(1.0,)))
+
+
+def test_packing_fills_sequences_up_to_the_longest_row():
+    # longest first: 6 fills one; 4 opens a second with 2 left, which takes the last 2; 3 opens a third, which takes 3
+    assert pack([3, 6, 2, 4, 3]) == [(1,), (3, 2), (0, 4)]
+
+
+def test_layout_of_packed_rows_by_hand():
+    rows = [example_row(TokenExample(name, prompt, completion)) for name, prompt, completion in (("a", (1,), (7, 8)), ("b", (2, 3), (9,)))]
+    batch = collate_packed([rows, [example_row(TokenExample("c", (4,), (5,)))]])
+    assert batch.input_ids_B_L.tolist() == [[1, 7, 8, 2, 3, 9], [4, 5, 0, 0, 0, 0]]
+    assert batch.positions_B_L.tolist() == [[0, 1, 2, 0, 1, 2], [0, 1, 0, 0, 0, 0]]
+    assert (batch.index_N.tolist(), batch.target_N.tolist(), batch.segment_N.tolist()) == ([0, 1, 4, 6], [7, 8, 9, 5], [0, 0, 1, 2])
+    assert (batch.num_rows, batch.num_segments, batch.num_tokens) == (3, 1, 8)
+    assert batch.mask_B1LL[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 1, 1, 1],
+    ]
+    assert batch.mask_B1LL[1, 0, :2, 2:].sum() == 0
+    assert batch.mask_B1LL[1, 0].any(dim=1).all()
+
+
+def test_packed_pairs_see_the_prompt_and_branch_of_their_own_only():
+    first, second = pair_row(pair((1,), (7,), (8,))), pair_row(pair((2,), (5,), (6,)))
+    batch = collate_packed([[first, second]])
+    assert batch.segment_N.tolist() == [1, 2, 4, 5]
+    assert batch.mask_B1LL[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 0, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 1, 0, 1],
+    ]
 
 
 def test_plan_balances_ranks_and_keeps_the_budget():

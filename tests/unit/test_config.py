@@ -99,7 +99,7 @@ def test_an_unknown_key_names_the_nearest(tree: dict[str, Any], nearest: str) ->
         ({"learner": {"train_batch_size": 0}}, "learner.train_batch_size: Input should be greater than 0 (got 0)"),
         ({"preference": {"beta": -1}}, "preference.beta"),
         ({"preference": {"beta": float("nan")}}, "preference.beta"),
-        ({"preference": {"loss_type": "hinge"}}, "preference.loss_type"),
+        ({"preference": {"loss_type": "kto"}}, "preference.loss_type"),
         ({"learner": {"train_batch_size": 3, "num_ranks": 2}}, "learner.train_batch_size (3) must be a multiple of learner.num_ranks (2)"),
         (
             {"data": {"max_prompt_tokens": 800}, "rollout": {"max_model_len": 1000, "policy": {"max_new_tokens": 300}}},

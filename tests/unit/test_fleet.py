@@ -427,12 +427,13 @@ def test_a_cpu_engine_uses_the_cores_it_was_given_and_never_cuts_prefills(tmp_pa
 
 
 def test_sampling_and_finish_reasons_in_vllm_s_words() -> None:
-    assert sampling_arguments(Sampling(0.7, 0.9, 5, 12), 3) == {
+    assert sampling_arguments(Sampling(0.7, 0.9, 5, 12), 3, (7,)) == {
         "temperature": 0.7,
         "top_p": 0.9,
         "top_k": 5,
         "max_tokens": 12,
         "seed": 3,
+        "stop_token_ids": [7],
         "skip_special_tokens": True,
     }
     assert [finish_reason(name) for name in ("stop", "length", "abort", None)] == ["stop", "length", "abort", "abort"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from sgpo_dist.config import PairGateConfig
-from sgpo_dist.pair_gate import judge, make_outcome, talks_about_the_task
+from sgpo_dist.pair_gate import fenced, judge, make_outcome, talks_about_the_task
 from sgpo_dist.prompts import instruction
 from sgpo_dist.records import Completion, FinishReason, Message, PreferencePair, Prompt, Refusal, RefusalReason, Stage
 from sgpo_dist.roles import Lease
+from sgpo_dist.textual import edit_ratio
 
 GATE = PairGateConfig()
 DRAFT = "The capital of Australia is Sydney. It lies on the coast."
@@ -162,3 +163,32 @@ def test_only_sampled_refinements_are_checked_for_leaks() -> None:
     copied = make_outcome(lease("It is Canberra."), (9,), completion(DRAFT), repaired, "reviser.v1", GATE)
     assert isinstance(copied, Refusal)
     assert copied.reason is RefusalReason.REFERENCE_LEAK
+
+
+def test_what_an_endpoint_was_told_is_not_to_be_repeated() -> None:
+    leak = completion("Showing it how its own answers become better, Canberra lies inland.")
+    outcome = make_outcome(lease(), (9,), completion(DRAFT), leak, "endpoint_reviser.v1", GATE)
+    assert isinstance(outcome, Refusal)
+    assert outcome.reason is RefusalReason.INSTRUCTION_LEAK
+
+
+def test_the_reference_itself_may_be_of_any_length_and_words_but_must_be_another_text() -> None:
+    long = completion("Here is the improved version: " + BETTER, tokens=99)
+    assert isinstance(make_outcome(lease(long.text), (9,), completion(DRAFT), long, "reference", GATE), PreferencePair)
+    same = make_outcome(lease(DRAFT), (9,), completion(DRAFT), completion(DRAFT), "reference", GATE)
+    assert isinstance(same, Refusal)
+    assert same.reason is RefusalReason.IDENTICAL
+
+
+def test_fences_keep_pairs_whose_edit_ratio_lies_on_or_between_them() -> None:
+    # Five words each, one differs: edit ratio 1 - 2*4/10 = 0.2.
+    pair = PreferencePair("uid1", Stage.PREFERENCE, lease().prompt, (9,), completion("a b c d e"), completion("a b c d x"), "improver.v1")
+    exact = edit_ratio("a b c d e", "a b c d x")
+    assert fenced(pair, None) is None
+    assert fenced(pair, (exact, exact)) is None
+    assert fenced(pair, (0.3, 0.6)) == Refusal(
+        "uid1", Stage.PREFERENCE, "p1", RefusalReason.FENCED_OUT, "edit ratio 0.200, fences 0.300 to 0.600", pair.response, pair.refinement
+    )
+    above = fenced(pair, (-0.1, 0.19))
+    assert above is not None
+    assert above.detail == "edit ratio 0.200, fences -0.100 to 0.190"

@@ -17,7 +17,7 @@ from sgpo_dist.errors import EnvironmentProblem
 from sgpo_dist.evaluate.evaluation import DISPLAY_ORDER
 from sgpo_dist.recorder import SHOWN_METRICS, WAIT_METRICS, Recorder, open_tracker, read_events, read_metrics, waits_line
 from sgpo_dist.records import RefusalReason
-from sgpo_dist.report.report import CURVES
+from sgpo_dist.report.report import CURVES, HEALTH_CURVES, VERDICTS
 from sgpo_dist.run_directory import RunDirectory
 
 
@@ -208,6 +208,25 @@ def test_the_panel_shows_the_whole_picture() -> None:
     assert "empty" not in text
 
 
+def test_the_improvers_health_has_its_own_words() -> None:
+    status = Status(stage="preference", step=3, win_rate=0.625, copy_rate=0.04, waits="learner waits")
+    assert step_line(status) == "preference 3  improver: win rate 62%, copies 4%  learner waits"
+    assert step_line(Status(stage="sft", step=3, copy_rate=0.5)) == "sft 3  improver: copies 50%"
+    for width, shown in ((100, "improver: win rate 62%, copies 4%"), (24, "improver: win rate")):
+        out = io.StringIO()
+        Console(file=out, width=width).print(panel(status, "demo", ("preference",)))
+        assert shown in out.getvalue()
+
+
+def test_the_win_rate_stays_on_the_screen_until_the_next_check(tmp_path: Path) -> None:
+    screen = Screen()
+    made = recorder(tmp_path, screen)
+    made.log("preference", 1, {"improver/win_rate": 0.7, "improver/copy_rate": 0.2})
+    made.log("preference", 2, {"improver/copy_rate": 0.1})
+    made.close()
+    assert (screen.steps[-1].win_rate, screen.steps[-1].copy_rate) == (0.7, 0.1)
+
+
 def test_rich_display_draws_and_ends() -> None:
     out = io.StringIO()
     display = RichDisplay(Console(file=out, width=100, force_terminal=True), "demo", ("sft",))
@@ -308,5 +327,6 @@ def test_wandb_continues_its_run_after_a_resume(tmp_path: Path) -> None:
 
 def test_the_metrics_page_explains_what_is_shown_and_drawn() -> None:
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
-    named = {*SHOWN_METRICS, *WAIT_METRICS, *(metric for _, _, metrics in CURVES for metric in metrics), *DISPLAY_ORDER, *RefusalReason}
+    drawn = {metric for _, _, metrics in CURVES + HEALTH_CURVES for metric in metrics}
+    named = {*SHOWN_METRICS, *WAIT_METRICS, *drawn, *VERDICTS, *DISPLAY_ORDER, *RefusalReason}
     assert sorted(name for name in named if f"`{name}`" not in page) == []

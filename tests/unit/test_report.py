@@ -10,8 +10,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from fabricated_run import fabricate, run_config
+from fabricated_run import NoScreen, fabricate, run_config
 
+from sgpo_dist.recorder import Recorder
 from sgpo_dist.report.chart import Series, chart, ticks
 from sgpo_dist.report.model_card import model_card
 from sgpo_dist.report.report import read_page, write_report
@@ -55,7 +56,17 @@ def parsed(page: str) -> Balance:
 
 @pytest.fixture(scope="module")
 def run_directory(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    return fabricate(tmp_path_factory.mktemp("runs"))
+    directory = fabricate(tmp_path_factory.mktemp("runs"))
+    recorder = Recorder(directory.metrics_file, directory.events_file, NoScreen(), wall=lambda: 1_700_000_001.0)
+    for step in (1, 2):
+        known = {"loss": 0.5, "version": step, "logps/chosen": -30.0 - step / 2, "logps/rejected": -40.0 - 2 * step}
+        health = {"improver/edit_ratio": 0.2, "improver/copy_rate": 0.1, "improver/meta_talk_rate": 0.0, "improver/length_ratio": 1.1}
+        recorder.log("preference", step, known | health | ({"improver/win_rate": 0.6} if step == 2 else {}))
+    recorder.event("improver_gate", source="chat", better=0.6, worse=0.2, passed=True)
+    recorder.event("brake", action="rollback", step=2, reason="chosen texts lost 3.1 nats <b>")
+    recorder.event("rolled_back", stage="preference", from_step=2, to_step=1, reason="too long")
+    recorder.close()
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +75,35 @@ def page(run_directory: RunDirectory) -> str:
 
 
 def test_every_section_is_there(page: str) -> None:
-    for name in ("run", "evaluation", "curves", "gate", "examples", "versions", "faults", "config"):
+    for name in ("run", "evaluation", "curves", "health", "gate", "examples", "versions", "faults", "config"):
         assert f'<h2 id="{name}">' in page
         assert name == "run" or f'href="#{name}"' in page
     assert "0.750 (+0.250 ± 0.000)" in page
     assert "cccccccccccc" in page
     assert "identical" in page
+
+
+def test_health_shows_the_improvers_curves_and_every_verdict(page: str) -> None:
+    health = page.partition('<h2 id="health">')[2].partition("<h2 ")[0]
+    for title in ("Win rate", "Change", "Copies and talk", "Length of rewrites", "Log-probabilities"):
+        assert f"<b>{title}</b>" in health, title
+    assert health.count("<figure>") == 5  # nothing was measured for the sixth
+    assert "logps/chosen: -31" in health
+    assert "logps/rejected: -44" in health  # a line of its own in the same chart
+    assert "improver/win_rate: 0.6" in health
+    assert "action rollback, step 2, reason chosen texts lost 3.1 nats &lt;b&gt;" in health
+    assert "stage preference, from_step 2, to_step 1, reason too long" in health
+    assert "source chat, better 0.6, worse 0.2, passed True" in health
+    assert "worker_lost" not in health
+    assert "Log-probabilities" not in page.partition('<h2 id="curves">')[2].partition("<h2 ")[0]
+
+
+def test_a_stage_without_any_such_metric_has_no_health(tmp_path: Path) -> None:
+    with RunDirectory.claim(run_config(tmp_path)) as directory:
+        directory.metrics_file.write_text('{"time": 1, "stage": "sft", "step": 1, "loss": 3}\n')
+        page = read_page(directory)
+    assert list(page.charts) == ["sft"]
+    assert (page.health, page.verdicts) == ({}, None)
 
 
 def test_the_page_is_well_formed_without_scripts_or_anything_fetched(page: str) -> None:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import pickle
 import sys
 import time
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from actors.revisers import Reviser, TidyLimits, blended, build_reviser, tidied
-from sgpo_dist.errors import ConfigError, DataError
-from sgpo_dist.records import Completion, FinishReason, Message, Prompt
+from actors.revisers import Reviser, ReviserRefused, TidyLimits, blended, build_reviser, parse_revision, tidied
+from sgpo_dist.config import EndpointConfig
+from sgpo_dist.endpoint import Endpoint
+from sgpo_dist.errors import ConfigError, DataError, EnvironmentProblem
+from sgpo_dist.records import Completion, FinishReason, Message, Prompt, RefusalReason
+from tests.fake_endpoint import EMPTY, HANGS, JUNK, FakeEndpoint, broken, overloaded
 
 REFERENCE = "Boil the water first. Add the leaves to the pot. Wait three minutes."
 
@@ -104,6 +112,8 @@ def test_revisers_by_name() -> None:
         build_reviser("polish")
     with pytest.raises(ConfigError, match="'self' is not available"):
         build_reviser("self")
+    with pytest.raises(ConfigError, match="'openai' is not available"):
+        build_reviser("openai")
 
 
 def test_another_reviser_for_another_source() -> None:
@@ -203,3 +213,215 @@ def test_a_repair_function_that_hangs_meets_its_deadline(hooks: ModuleType) -> N
 def test_a_repair_function_that_cannot_be_had_is_a_config_error(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_reviser("repair", repair=name)
+
+
+# ---- reference -------------------------------------------------------------------------------------------------------------------
+
+
+def refusal(reviser: Reviser, text: str, asked: Prompt | None = None) -> tuple[RefusalReason, str]:
+    with pytest.raises(ReviserRefused) as caught:
+        revise(reviser, text, asked=asked)
+    return caught.value.reason, caught.value.detail
+
+
+def test_reference_is_the_revision() -> None:
+    assert revise(build_reviser("reference"), "Heat.") == REFERENCE
+    assert revise(build_reviser("reference"), f" {REFERENCE}\n") is None
+    assert refusal(build_reviser("reference"), "Heat.", prompt(None))[0] is RefusalReason.NO_REFERENCE
+
+
+def test_a_refusal_crosses_process_borders() -> None:
+    copy = pickle.loads(pickle.dumps(ReviserRefused(RefusalReason.UNJUDGED, "no answer")))  # noqa: S301
+    assert (copy.reason, copy.detail, str(copy)) == (RefusalReason.UNJUDGED, "no answer", "unjudged: no answer")
+
+
+# ---- file ------------------------------------------------------------------------------------------------------------------------
+
+
+def revisions(path: Path, *rows: Any) -> Reviser:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return build_reviser("file", revisions_path=str(path))
+
+
+def test_file_finds_the_revision_by_id_and_then_by_text(tmp_path: Path) -> None:
+    by_both = revisions(
+        tmp_path / "r.jsonl", {"id": "p1", "revision": " By id. "}, {"prompt": "How do  I make tea?\n", "revision": "By text."}
+    )
+    assert revise(by_both, "Heat.") == "By id."
+    assert revise(by_both, "By id.") is None
+    assert revise(by_both, "Heat.", asked=Prompt("p2", (Message("system", "Be kind."), Message("user", "How do I make tea?")))) == "By text."
+
+
+def test_file_knows_conversations_and_numbers(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "Tea?"}, {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "How?"}]
+    reviser = revisions(tmp_path / "r.jsonl", {"prompt": turns, "revision": "Boil."}, {"id": 7, "revision": "Seven."})
+    asked = Prompt("p2", tuple(Message(turn["role"], turn["content"]) for turn in turns))
+    assert revise(reviser, "Heat.", asked=asked) == "Boil."
+    assert revise(reviser, "Heat.", asked=Prompt("7", (Message("user", "Six?"),))) == "Seven."
+    reason, detail = refusal(reviser, "Heat.", Prompt("p3", (Message("user", "How?"),)))
+    assert (reason, detail) == (RefusalReason.NOTHING_TO_REPAIR, "improver.revisions_path has no row for the prompt")
+
+
+def test_file_reads_parquet(tmp_path: Path) -> None:
+    table = pyarrow.table({"id": ["p1", "p2"], "prompt": [None, "How?"], "revision": ["Boil.", "So."]})
+    pyarrow.parquet.write_table(table, tmp_path / "r.parquet")
+    reviser = build_reviser("file", revisions_path=str(tmp_path / "r.parquet"))
+    assert revise(reviser, "Heat.") == "Boil."
+    assert revise(reviser, "Heat.", asked=Prompt("other", (Message("user", "How?"),))) == "So."
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([1], "line 2: the row must be a JSON object"),
+        ({"id": "a"}, "line 2: column 'revision' must hold a text"),
+        ({"id": "a", "revision": " "}, "line 2: column 'revision' must hold a text"),
+        ({"revision": "x"}, "line 2: needs a column 'id' or 'prompt'"),
+        ({"id": True, "revision": "x"}, "line 2: needs a column 'id' or 'prompt'"),
+        ({"prompt": [], "revision": "x"}, "line 2: 'prompt' must be a text, or a list"),
+        ({"prompt": [{"content": "x"}], "revision": "x"}, "line 2: 'prompt' must be a text, or a list"),
+        ({"prompt": 5, "revision": "x"}, "line 2: 'prompt' must be a text, or a list"),
+        ({"id": "good", "revision": "x"}, "line 2: the same prompt has a revision at .*r.jsonl line 1"),
+    ],
+)
+def test_file_names_the_line_of_a_bad_row(tmp_path: Path, row: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        revisions(tmp_path / "r.jsonl", {"id": "good", "revision": "y"}, row)
+
+
+def test_a_file_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"improver.revisions_path '' must name"):
+        build_reviser("file")
+    with pytest.raises(DataError, match="holds no revisions"):
+        revisions(tmp_path / "r.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"id": "a", "revision": "b"}\n{oh')
+    with pytest.raises(DataError, match="line 2: invalid JSON"):
+        build_reviser("file", revisions_path=str(tmp_path / "bad.jsonl"))
+
+
+# ---- openai ----------------------------------------------------------------------------------------------------------------------
+
+
+async def no_pause(seconds: float) -> None:
+    await asyncio.sleep(0)
+
+
+def endpoint_of(server: FakeEndpoint, **settings: Any) -> Endpoint:
+    config = EndpointConfig.model_validate({"base_url": server.url, "model": "m", "timeout_s": 1.0, "max_retries": 1, **settings})
+    return Endpoint(config, {}, sleep=no_pause)
+
+
+def ask(server: FakeEndpoint, text: str, asked: Prompt | None = None, **settings: Any) -> str | None:
+    endpoint = endpoint_of(server, **settings)
+
+    async def whole() -> str | None:
+        try:
+            return await build_reviser("openai", endpoint=endpoint).revise(asked or prompt(), draft(text))
+        finally:
+            await endpoint.close()
+
+    return asyncio.run(whole())
+
+
+def answering(revision: str) -> FakeEndpoint:
+    return FakeEndpoint(lambda body: json.dumps({"reasoning": "It is cold.", "revision": revision}))
+
+
+def test_openai_shows_draft_and_reference_and_asks_for_two_fields() -> None:
+    turns = (Message("user", "Tea?"), Message("assistant", "Yes."), Message("user", "How, {{ x }} <b>?"))
+    with answering(" Hot water. ") as server:
+        assert ask(server, "Cold water.", Prompt("p1", turns, REFERENCE)) == "Hot water."
+    told = server.bodies[0]["messages"][0]["content"]
+    assert "<conversation>\nUser: Tea?\nAssistant: Yes.\nUser: How, {{ x }} <b>?\n</conversation>" in told
+    assert "<draft>\nCold water.\n</draft>" in told
+    assert f"<trusted>\n{REFERENCE}\n</trusted>" in told
+    assert server.bodies[0]["response_format"]["json_schema"]["schema"]["required"] == ["reasoning", "revision"]
+
+
+def test_openai_tells_no_change_from_no_revision() -> None:
+    with answering("Cold water.") as server:
+        assert ask(server, " Cold water.") is None
+    with answering(REFERENCE) as server, pytest.raises(ReviserRefused, match="reference_leak"):
+        ask(server, "Cold water.")
+    with answering(REFERENCE) as server:
+        assert ask(server, REFERENCE) is None
+    with FakeEndpoint(lambda body: "I would rather not.") as server, pytest.raises(ReviserRefused, match="unjudged: the endpoint's answer is not"):
+        ask(server, "Cold water.")
+    with answering("x") as server, pytest.raises(ReviserRefused, match="no_reference"):
+        ask(server, "Cold water.", prompt(None))
+    assert server.bodies == []
+
+
+def test_openai_failures_refuse_a_prompt_but_a_bad_key_ends_the_run() -> None:
+    with FakeEndpoint(fault=lambda number: broken()) as server, pytest.raises(ReviserRefused, match=r"unjudged: .*no answer in 2 attempts"):
+        ask(server, "Cold water.")
+    with FakeEndpoint(fault=lambda number: broken(401)) as server, pytest.raises(EnvironmentProblem, match="OPENAI_API_KEY"):
+        ask(server, "Cold water.")
+
+
+def test_openai_in_a_storm_revises_or_refuses_every_draft() -> None:
+    weather = [overloaded("0"), None, HANGS, None, JUNK, None, EMPTY, None, broken(503), None, None]
+
+    def answer(body: dict[str, Any]) -> str:
+        text = body["messages"][0]["content"].partition("<draft>\n")[2].partition("\n</draft>")[0]
+        return "Sorry?" if text.endswith("3.") else json.dumps({"reasoning": "", "revision": text.replace("Cold", "Hot")})
+
+    with FakeEndpoint(answer, lambda number: weather[number % len(weather)]) as server:
+        endpoint = endpoint_of(server, max_concurrency=4, max_retries=20)
+        reviser = build_reviser({"default": "openai"}, endpoint=endpoint)
+
+        async def outcome(number: int) -> str | None:
+            try:
+                return await reviser.revise(prompt(), draft(f"Cold {number}."))
+            except ReviserRefused as problem:
+                return problem.reason
+
+        async def whole() -> list[str | None]:
+            try:
+                return await asyncio.gather(*(outcome(number) for number in range(30)))
+            finally:
+                await endpoint.close()
+
+        outcomes = asyncio.run(whole())
+    assert outcomes == ["unjudged" if number % 10 == 3 else f"Hot {number}." for number in range(30)]
+
+
+def test_openai_stops_at_its_budget_and_refuses_the_rest() -> None:
+    answer = json.dumps({"reasoning": "", "revision": "Hot."})
+    with FakeEndpoint(lambda body: answer, usage={"prompt_tokens": 60, "completion_tokens": 40}) as server:
+        endpoint = endpoint_of(server, token_budget=150)
+        reviser = build_reviser("openai", endpoint=endpoint)
+
+        async def whole() -> None:
+            assert await reviser.revise(prompt(), draft("Cold.")) == "Hot."
+            assert await reviser.revise(prompt(), draft("Cold.")) == "Hot."
+            with pytest.raises(ReviserRefused, match=r"unjudged: .*budget of 150 is spent"):
+                await reviser.revise(prompt(), draft("Cold."))
+            await endpoint.close()
+
+        asyncio.run(whole())
+    assert len(server.bodies) == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "revision"),
+    [
+        ('{"reasoning": "r", "revision": " Hot. "}', "Hot."),
+        ('```json\n{"reasoning": "r", "revision": "Hot."}\n```', "Hot."),
+        ('<think>{maybe}</think> Here: {"reasoning": "r", "revision": "Hot."} Good?', "Hot."),
+        ('{"reasoning": "r", "revision": "Hot.\nTea."}', "Hot.\nTea."),
+        ('{"answer": {"revision": "Hot."}}', "Hot."),
+        ('{"revision": "{\\"a\\": 1}"}', '{"a": 1}'),
+        ('{"reasoning": "r", "revision": "Ho', None),
+        ('{"reasoning": "r"}', None),
+        ('{"revision": "  "}', None),
+        ('{"revision": ["Hot."]}', None),
+        ('["Hot."]', None),
+        ("Hot.", None),
+        ("", None),
+        ("{" * 100_000, None),
+        ('{"a":' * 100_000, None),
+    ],
+)
+def test_reading_an_endpoints_answer(answer: str, revision: str | None) -> None:
+    assert parse_revision(answer) == revision

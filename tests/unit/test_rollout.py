@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
 from actors.rollout import RolloutSettings, RolloutWorker
-from sgpo_dist.errors import DataError, FencedError, WeightSyncError, WorkerFault
+from sgpo_dist.config import AgreementConfig, JudgeConfig
+from sgpo_dist.errors import ConfigError, DataError, FencedError, WeightSyncError, WorkerFault
 from sgpo_dist.records import Completion, FinishReason, Message, Outcome, PreferencePair, Prompt, Refusal, RefusalReason, Role, Stage, sampling_seed
 from sgpo_dist.roles import GenerateRequest, GenerationTask, Lease, LeaseGrant, PutReceipt, Sampling
-from sgpo_dist.weights.version import WeightBundle, WeightProof
+from sgpo_dist.weights.version import ProbeRow, WeightBundle, WeightProof
 
 POLICY = Sampling(0.8, 0.9, 0, 20)
 IMPROVER = Sampling(0.5, 1.0, 0, 30)
@@ -58,6 +59,9 @@ class FakeEngine:
             await self.receiving.wait()
         self.version = bundle.version
         return WeightProof("w", bundle.version, bundle.checksum, ((-1.0 + self.gap,),), 0.1, 0.2)
+
+    async def logps(self, rows: Sequence[ProbeRow]) -> tuple[tuple[float, ...], ...]:
+        raise WorkerFault("engine", "died while it scored")
 
     async def check(self) -> None:
         if self.fault is not None:
@@ -119,6 +123,9 @@ class FakeBook:
     def completion_ids(self, text: str) -> tuple[int, ...]:
         return (*range(len(text)), 99)
 
+    def written(self, text: str, version: int) -> Completion:
+        return Completion(text, self.completion_ids(text), FinishReason.STOP, version)
+
     def unwrapped(self, refinement: Completion, draft: str) -> Completion:
         return refinement
 
@@ -129,12 +136,20 @@ def always_a_pair(lease: Lease, prompt_ids: tuple[int, ...], response: Completio
     return PreferencePair(lease.uid, lease.stage, lease.prompt, prompt_ids, response, refinement, template)
 
 
+class FakeJudge:
+    """Always prefers the second."""
+
+    async def prefer(self, prompt: Prompt, a: str, b: str) -> int:
+        return -1
+
+
 @dataclass
 class World:
     worker: RolloutWorker
     engine: FakeEngine
     buffer: FakeBuffer
     deaths: list[str]
+    judges: list[JudgeConfig]
 
     async def until(self, done: Callable[[], bool]) -> None:
         async with asyncio.timeout(2):
@@ -150,8 +165,14 @@ def task(**changes: Any) -> GenerationTask:
 def world(leases: Sequence[Lease], concurrency: int = 4, max_model_len: int = 100, lease_s: float = 60.0) -> World:
     engine, buffer, deaths = FakeEngine(), FakeBuffer(list(leases)), list[str]()
     settings = RolloutSettings("w", max_model_len, tolerance=0.01, concurrency=concurrency, lease_s=lease_s, poll_s=0.01, gather_s=0.005)
-    worker = RolloutWorker(settings, engine, buffer, FakeBook(), always_a_pair, deaths.append)
-    return World(worker, engine, buffer, deaths)
+    judges = list[JudgeConfig]()
+
+    def make_judge(config: JudgeConfig, environ: Mapping[str, str], seed: int) -> FakeJudge:
+        judges.append(config)
+        return FakeJudge()
+
+    worker = RolloutWorker(settings, engine, buffer, FakeBook(), always_a_pair, deaths.append, make_judge=make_judge)
+    return World(worker, engine, buffer, deaths, judges)
 
 
 def play(work: Awaitable[None]) -> None:
@@ -250,6 +271,62 @@ def test_revisers_by_source_write_with_their_own_ids_and_the_reviser_self_asks_t
         assert bare.reason is RefusalReason.NOTHING_TO_REPAIR
         roles = sorted(request.request_id for request in w.engine.asked)
         assert roles == ["uid-ask-improver-1", "uid-ask-policy-1", "uid-bare-policy-1", "uid-tidy me-policy-1"]
+
+    play(story())
+
+
+def test_one_judge_serves_all_prompts_of_a_task() -> None:
+    async def story() -> None:
+        w = world([lease("a"), lease("b")])
+        plain = w.engine.generate
+
+        async def numbered(request: GenerateRequest) -> Completion:
+            answer = await plain(request)
+            return replace(answer, text=f"text {len(w.engine.asked)}")
+
+        w.engine.generate = numbered  # type: ignore[method-assign]
+        config = JudgeConfig(kind="scorer", scorer="m:f")
+        await w.worker.begin(task(pairs="judge", judge=config))
+        await w.until(lambda: len(w.buffer.outcomes) == 2)
+        assert all(isinstance(outcome, PreferencePair) for outcome in w.buffer.outcomes)
+        assert w.judges == [config]
+        await w.worker.begin(task())
+        assert w.judges == [config]
+
+    play(story())
+
+
+def test_draws_that_vote_count_as_generated_tokens() -> None:
+    async def story() -> None:
+        w = world([lease("hello")])
+        await w.worker.begin(task(agreement=AgreementConfig(draws=1, margin=1)))  # fresh draws are the pair's own texts: one vote each
+        await w.until(lambda: bool(w.buffer.outcomes))
+        [refusal] = w.buffer.outcomes
+        assert isinstance(refusal, Refusal)
+        assert (refusal.reason, refusal.detail) == (RefusalReason.DISAGREEMENT, "margin +0 of +1: 1 for, 1 against, 0 for neither")
+        stats = await w.worker.heartbeat()
+        assert (stats.pairs, stats.refusals, stats.generated_tokens) == (0, 1, 4 * 3)
+
+    play(story())
+
+
+def test_an_engine_that_dies_while_it_scores_ends_the_process() -> None:
+    async def story() -> None:
+        w = world([lease("hello")])
+        await w.worker.begin(task(agreement=AgreementConfig(draws=1, vote="likelihood")))
+        await w.until(lambda: bool(w.deaths))
+        assert set(w.deaths) == {"engine: died while it scored"}
+
+    play(story())
+
+
+def test_a_reviser_that_cannot_be_had_is_told_at_once_and_nothing_is_leased() -> None:
+    async def story() -> None:
+        w = world([lease("hello")])
+        with pytest.raises(ConfigError, match=r"improver\.repair"):
+            await w.worker.begin(task(refine_with={"default": "repair"}, repair="no_such_module:function"))
+        await w.worker.end()
+        assert (w.buffer.limits, w.buffer.given_back) == ([], [])
 
     play(story())
 

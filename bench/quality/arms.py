@@ -1,0 +1,153 @@
+"""The arms of the quality benchmark: recipes of the product's own parts, as single-stage runs that build on one another.
+
+Called by ``runner``. An arm is a parent (the arm whose model it starts from) and dotted overrides; its key names it by content, parents
+included, so that a changed recipe is another arm and an unchanged one is never run twice. Leaves out: running them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from bench.quality.tasks import TASKS
+
+RECIPE_VERSION: Final = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """``parent`` None starts from the initial model. ``improver_from`` names the arm whose model is a separate improver. ``shown`` = in the table."""
+
+    name: str
+    stage: str
+    parent: str | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    improver_from: str | None = None
+    prompts_are_references: bool = False
+    improver_role: bool = False
+    shown: bool = True
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Arms whose models must be there."""
+        return tuple(name for name in (self.parent, self.improver_from) if name is not None)
+
+
+def arm_key(task: str, name: str, seed: int) -> str:
+    """12 hex digits: a function of everything that decides the arm's figures but the code."""
+    arm = ARMS[task][name]
+    tree = {
+        "version": RECIPE_VERSION,
+        "task": task,
+        "settings": dict(TASKS[task].settings),
+        "seed": seed,
+        "stage": arm.stage,
+        "overrides": dict(arm.overrides),
+        "prompts_are_references": arm.prompts_are_references,
+        "needs": [arm_key(task, need, seed) for need in arm.needs],
+    }
+    return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def ordered(task: str) -> list[str]:
+    """Names such that every arm comes after what it needs, else as written."""
+    return list(ARMS[task])
+
+
+# ---- orders ------------------------------------------------------------------------------------------------------------------------
+
+_SFT = {"sft.learning_rate": 1e-4, "sft.train_batch_size": 8}
+_IMPROVER = {
+    "improver.train_batch_size": 8,
+    "improver.learning_rate": 5e-5,
+    "improver.epochs": 2,
+    "improver.drafts_per_row": 2,
+    "improver.filter.min_edit_ratio": 0.005,
+    "improver.filter.fence": None,
+    "rollout.policy.temperature": 1.0,
+    "rollout.policy.top_k": 40,
+    "rollout.policy.top_p": 0.95,
+}
+_DPO = {
+    "preference.beta": 0.1,
+    "preference.learning_rate": 2e-5,
+    "preference.nll_coef": 0.2,
+    "preference.schedule": "linear",
+    "preference.collect": "first",
+    "learner.train_batch_size": 8,
+    "rollout.policy.temperature": 1.0,
+    "rollout.policy.top_k": 40,
+    "rollout.policy.top_p": 0.95,
+    "rollout.improver.temperature": 0.3,
+    "rollout.improver.top_k": 40,
+    "preference.pair_gate.max_reference_overlap": 1.0,
+    "preference.total_steps": 100,
+}
+_ORDERS_REPAIR = {"improver.reviser": "repair", "improver.repair": "sgpo_dist.starter.orders:repair"}
+_DIRECT = {"improver.reviser": "reference", "improver.replay": "none"}
+_AGREEMENT = {"preference.agreement.draws": 3, "preference.agreement.margin": 3, "preference.agreement.vote": "equal"}
+
+_ORDERS = (
+    Arm("base", "none"),
+    Arm("sft", "sft", None, _SFT | {"sft.epochs": 3}),
+    Arm("sft_more", "sft", "sft", _SFT | {"sft.epochs": 4}),
+    Arm("improver", "improver", "sft", _IMPROVER | _ORDERS_REPAIR, improver_role=True),
+    Arm("sgpo", "preference", "improver", _DPO | _AGREEMENT, improver_role=True),
+    Arm("sgpo_ungated", "preference", "improver", _DPO, improver_role=True),
+    Arm("spin", "preference", "sft", _DPO | {"preference.pairs": "reference", "preference.epochs": 3}, prompts_are_references=True),
+    Arm("synpo_improver", "improver", "sft", _IMPROVER | _DIRECT, improver_role=True, shown=False),
+    Arm("synpo", "preference", "sft", _DPO, improver_from="synpo_improver"),
+    Arm("dpo", "preference", "sft", _DPO | {"preference.pairs": "given", "preference.epochs": 3, "preference.collect": "online"}),
+    Arm(
+        "online_dpo",
+        "preference",
+        "sft",
+        _DPO | {"preference.pairs": "judge", "preference.judge.kind": "scorer", "preference.judge.scorer": "bench.quality.extraction:plausibility"},
+    ),
+)
+
+# ---- the synthetic language --------------------------------------------------------------------------------------------------------
+
+_TINY_SFT = {"sft.learning_rate": 1e-3, "sft.train_batch_size": 16}
+_TINY_IMPROVER = {
+    "improver.reviser": "repair",
+    "improver.repair": "bench.quality.language:repair",
+    "improver.train_batch_size": 16,
+    "improver.learning_rate": 1e-3,
+    "improver.epochs": 6,
+    "improver.drafts_per_row": 4,
+    "improver.replay": "self",
+    "improver.filter.min_edit_ratio": 0.005,
+    "improver.filter.fence": None,
+    "rollout.policy.temperature": 1.0,
+    "rollout.policy.top_p": 1.0,
+}
+_TINY_DPO = {
+    "preference.beta": 0.1,
+    "preference.learning_rate": 3e-4,
+    "preference.schedule": "linear",
+    "preference.collect": "first",
+    "preference.total_steps": 100,
+    "preference.pair_gate.max_reference_overlap": 1.0,
+    "learner.train_batch_size": 8,
+    "rollout.policy.temperature": 1.0,
+    "rollout.policy.top_p": 1.0,
+    "rollout.improver.temperature": 0.3,
+    "rollout.improver.top_p": 1.0,
+}
+_LANGUAGE = (
+    Arm("base", "none"),
+    Arm("sft", "sft", None, _TINY_SFT | {"sft.epochs": 4}),
+    Arm("improver", "improver", None, _TINY_IMPROVER, improver_role=True),
+    Arm("sgpo", "preference", "improver", _TINY_DPO, improver_role=True),
+    Arm("spin", "preference", None, _TINY_DPO | {"preference.pairs": "reference", "preference.epochs": 4}, prompts_are_references=True),
+)
+
+ARMS: Final[Mapping[str, Mapping[str, Arm]]] = {
+    "orders": {arm.name: arm for arm in _ORDERS},
+    "language": {arm.name: arm for arm in _LANGUAGE},
+    "language-noisy": {arm.name: arm for arm in _LANGUAGE},
+}

@@ -1,0 +1,234 @@
+"""Stage 2: pairs are made, the learner trains on them, the weights go back.
+
+Called by ``story``. ``PairSupply`` says where a step's pairs come from (the buffer, the data's own pairs, or both), ``Watch`` whether the
+model is collapsing. Leaves out: how a pair is made (actors), what a loss is (learner), and the verbs that all stages share (``stage``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sgpo_dist.config import PreferenceConfig
+from sgpo_dist.curriculum import edit_fences, given_pairs, improver_examples, offline_batch
+from sgpo_dist.errors import DataError, StoppedOnRequest
+from sgpo_dist.evaluate.heldout import improver_check
+from sgpo_dist.health import Brakes, pair_health, refusal_health
+from sgpo_dist.recorder import read_metrics
+from sgpo_dist.records import PreferencePair, Stage, TokenExample
+from sgpo_dist.roles import BufferCounts, StagePlan
+from sgpo_dist.run import Progress, Run
+from sgpo_dist.separate_improver import collect_apart
+from sgpo_dist.stage import after_step, enter_stage, generation_task, save_checkpoint
+
+HEALTH_PROMPTS = 24
+"""Held-out prompts of a check in the middle of the stage."""
+
+
+async def optimise_preferences(run: Run) -> None:
+    """Workers make pairs with the newest model, the learner trains on them, the weights go back."""
+    settings = run.config.preference
+    await enter_stage(run, settings.total_steps)
+    supply = await open_supply(run)
+    watch = Watch(run)
+    run.recorder.status(stage=run.stage.value, total=settings.total_steps, doing="training on own pairs")
+    reference_round = 0
+    while run.progress.step < settings.total_steps:
+        step = run.progress.step + 1
+        reference_round = await begin_round(run, step, reference_round)
+        batch = await supply.batch(step)
+        if batch is None:
+            run.recorder.message(f"prompts are used up after {run.progress.step} of {settings.total_steps} steps: the stage ends here")
+            break
+        metrics = dict(await run.learner.preference_step(step, batch.pairs, batch.replay))
+        run.stepped(step)
+        metrics |= {"staleness": batch.staleness, "time/wait_for_batch": batch.waited_s}
+        reason = await watch.observe(metrics, batch.pairs)
+        if reason is not None and await brake(run, reason, watch.is_new):
+            break
+        await after_step(run, metrics, publish=supply.is_online and step % run.config.weights.weight_sync_interval == 0)
+    await run.fleet.end()
+
+
+# ---- where pairs come from -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """What one step trains on. ``staleness`` in versions, of the oldest pair; ``waited_s`` for the buffer."""
+
+    pairs: tuple[PreferencePair, ...]
+    replay: tuple[TokenExample, ...] = ()
+    staleness: float = 0.0
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PairSupply:
+    """Batches by step. The data's own pairs and the replay rows are a function of step and seed, made pairs come from the journal."""
+
+    run: Run
+    given: tuple[PreferencePair, ...]
+    improver_rows: tuple[TokenExample, ...]
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the workers go on making pairs while the learner trains, and so need its weights."""
+        settings = self.run.config.preference
+        return settings.pairs != "given" and settings.collect == "online"
+
+    async def batch(self, step: int) -> StepBatch | None:
+        """None when the stage can never fill it."""
+        config, settings = self.run.config, self.run.config.preference
+        size = config.learner.train_batch_size
+        if settings.pairs == "given":
+            if step * size > len(self.given) * settings.epochs:
+                return None
+            pairs = offline_batch(self.given, step, size, config.seed)
+            return StepBatch(pairs, self._replay(step, size))
+        waited = time.monotonic()
+        made = await self.run.buffer.assign(self.run.incarnation, Stage.PREFERENCE, step)  # recorded before it is trained on
+        if made is None:
+            return None
+        waited = time.monotonic() - waited
+        pairs = made.pairs + offline_batch(self.given, step, size - config.made_pairs_per_step, config.seed)
+        staleness = made.version - min(pair.version for pair in made.pairs)
+        return StepBatch(pairs, self._replay(step, size), float(staleness), waited)
+
+    def _replay(self, step: int, size: int) -> tuple[TokenExample, ...]:
+        count = round(self.run.config.preference.improver_replay * size)
+        return offline_batch(self.improver_rows, step, count, self.run.config.seed) if count else ()
+
+
+async def open_supply(run: Run) -> PairSupply:
+    """Open the stage's buffer and let the workers begin; with ``collect: first`` return when all pairs are there."""
+    settings = run.config.preference
+    given = given_pairs(run.corpus.given, run.book, run.progress.version)
+    if (settings.pairs == "given" or settings.offline_ratio) and not given:
+        raise DataError("preference.pairs 'given' and preference.offline_ratio need rows with chosen and rejected in data.path; there are none")
+    revisions = await run.buffer.pairs(Stage.IMPROVER) if settings.improver_replay or settings.fence is not None else []
+    rows = improver_examples(revisions, run.book, run.config.improver.edit_weight) if settings.improver_replay else []
+    supply = PairSupply(run, tuple(given), tuple(rows))
+    if settings.pairs == "given":
+        return supply
+    await run.buffer.open_stage(run.incarnation, preference_plan(run), run.preference_prompts(), run.progress.version)
+    fences = edit_fences(revisions, settings.fence) if settings.fence is not None else None
+    if settings.improver_model is not None:
+        await collect_apart(run, settings.improver_model)
+        return supply
+    await run.fleet.begin(generation_task(run, Stage.PREFERENCE, fences))
+    if settings.collect == "first":
+        run.recorder.status(stage=run.stage.value, total=settings.total_steps, doing="making all pairs first")
+        await run.buffer.wait_exhausted(Stage.PREFERENCE)
+        await run.fleet.end()
+    return supply
+
+
+def preference_plan(run: Run) -> StagePlan:
+    """What the stage asks of the buffer."""
+    config, settings = run.config, run.config.preference
+    return StagePlan(
+        Stage.PREFERENCE,
+        config.seed,
+        batch_size=config.made_pairs_per_step,
+        weight_sync_interval=config.weights.weight_sync_interval,
+        max_staleness=settings.max_staleness if settings.collect == "online" else None,
+        max_pairs=settings.total_steps * config.made_pairs_per_step,
+        samples_per_prompt=settings.samples_per_prompt * settings.ladder,
+        epochs=settings.epochs,
+        lease_s=config.rollout.lease_s,
+    )
+
+
+# ---- rounds ------------------------------------------------------------------------------------------------------------------------
+
+
+def round_of(step: int, settings: PreferenceConfig) -> int:
+    """The round (from 0) that a step (from 1) belongs to: ``rounds`` parts of ``total_steps``, as equal as can be."""
+    return (step - 1) * settings.rounds // settings.total_steps
+
+
+async def begin_round(run: Run, step: int, reference_round: int) -> int:
+    """Refresh the frozen reference when ``step`` belongs to another round than the reference does; returns the round."""
+    now = round_of(step, run.config.preference)
+    if now == reference_round:
+        return now
+    directory = str(run.round_dir(now))
+    if round_of(max(step - 1, 1), run.config.preference) != now:  # resumed inside the round, it is there already
+        await run.learner.export(directory)
+    await run.learner.refresh_reference(directory)
+    run.recorder.event("round_began", round=now, step=step)
+    return now
+
+
+# ---- collapse ----------------------------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Adds each step's health to its metrics and asks the brakes. Remembers what they saw of this stage before a resume."""
+
+    def __init__(self, run: Run) -> None:
+        settings = run.config.preference
+        self._run = run
+        self._brakes = Brakes(settings.brakes, settings.beta, reference_free=settings.loss_type == "simpo")
+        self._counts: BufferCounts | None = None
+        for row in read_metrics(run.directory / "metrics.jsonl"):
+            if row.stage == Stage.PREFERENCE and row.step <= run.progress.step:
+                self._brakes.observe(row.metrics)
+
+    async def observe(self, metrics: dict[str, float], pairs: Sequence[PreferencePair]) -> str | None:
+        """Why the stage should not go on, or None."""
+        settings = self._run.config.preference
+        metrics |= await asyncio.to_thread(pair_health, pairs)
+        if settings.pairs != "given":
+            counts = await self._run.buffer.counts(Stage.PREFERENCE)
+            metrics |= refusal_health(self._counts, counts)
+            self._counts = counts
+        if settings.health_steps and self._run.progress.step % settings.health_steps == 0:
+            found = await improver_check(self._run, HEALTH_PROMPTS)
+            metrics |= found
+            shown = {name.removeprefix("improver/"): value for name, value in found.items()}
+            self._run.recorder.event("improver_check", step=self._run.progress.step, **shown)
+        return self._brakes.observe(metrics)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the newest step crossed a limit that the one before it did not."""
+        return self._brakes.is_new
+
+
+async def brake(run: Run, reason: str, is_new: bool) -> bool:
+    """Do what ``preference.brakes.action`` says; whether the stage ends here. Raises StoppedOnRequest for 'pause'."""
+    action = run.config.preference.brakes.action
+    if action == "off" or (action == "warn" and not is_new):
+        return False
+    run.recorder.event("brake", action=action, step=run.progress.step, reason=reason)
+    line = f"collapse brake after step {run.progress.step}: {reason}"
+    if action == "warn":
+        run.recorder.message(f"{line} (preference.brakes.action=warn: going on)")
+        return False
+    if action == "pause":
+        await save_checkpoint(run, run.stage, run.progress.step)
+        raise StoppedOnRequest(f"paused by the {line}; run the same command with preference.brakes.action=warn to go on all the same")
+    await roll_back(run, reason)
+    return True
+
+
+async def roll_back(run: Run, reason: str) -> None:
+    """Put the learner back on the last checkpoint of this stage, or on its start; what was trained after it does not count."""
+    checkpoint = run.store.latest()
+    saved = Progress.from_facts(checkpoint.facts) if checkpoint is not None else None
+    step = saved.step if saved is not None and saved.stage == run.stage else 0
+    before = run.progress
+    await run.learner.begin_stage(run.learner_stage(run.stage, run.config.preference.total_steps))
+    if checkpoint is not None and step:
+        await run.learner.load(str(checkpoint.path / "learner"))
+    run.moved(step=step, global_step=before.global_step - (before.step - step))
+    run.unpublished_steps += 1  # the workers hold weights that no longer are
+    run.recorder.event("rolled_back", stage=run.stage.value, from_step=before.step, to_step=step, reason=reason)
+    run.recorder.message(f"rolled back from step {before.step} to step {step}, where the stage ends: {reason}")
+
+
+

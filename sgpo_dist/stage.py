@@ -1,0 +1,114 @@
+"""What every stage does: enter, publish weights, step, save. The story's verbs, one each.
+
+Called by ``story`` and ``preferences``. Start-up and resume are one path through ``enter_stage``: weights first, then leases.
+Leaves out: what a stage trains on, and in which order the stages come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from sgpo_dist.config import AgreementConfig
+from sgpo_dist.endpoint import shared_among
+from sgpo_dist.errors import RunFailed, StoppedOnRequest
+from sgpo_dist.evaluate.heldout import evaluate_heldout
+from sgpo_dist.records import Stage, TokenExample
+from sgpo_dist.roles import GenerationTask
+from sgpo_dist.run import Run, sampling
+from sgpo_dist.weights.version import check_proof
+
+
+async def enter_stage(run: Run, total_steps: int) -> None:
+    """Learner on the stage's start (or on the checkpoint inside it), its weights proved on every worker."""
+    await run.learner.begin_stage(run.learner_stage(run.stage, total_steps))
+    if run.restored_from is not None and run.progress.step:
+        await run.learner.load(str(run.restored_from / "learner"))
+    if run.published != run.progress.version:
+        await publish_weights(run, run.progress.version)
+    if run.progress.global_step == 0:
+        await evaluate_heldout(run, "initial")
+
+
+async def publish_weights(run: Run, version: int) -> None:
+    """Send, prove, and only then call it current. A worker that cannot prove it is rebuilt by the fleet."""
+    started = time.monotonic()
+    bundle = await run.learner.publish(version)
+    proofs = await run.fleet.publish(bundle)
+    gaps = [check_proof(bundle, proof, run.tolerance) for proof in proofs]
+    if not gaps:
+        raise RunFailed(f"no rollout worker proved version {version}; see the rollout logs")
+    run.moved(version=version)
+    run.published = version
+    run.unpublished_steps = 0
+    await run.buffer.advance(run.incarnation, run.stage, version)
+    await run.learner.retire(version - 1)
+    run.recorder.event(
+        "version_published",
+        version=version,
+        workers=len(gaps),
+        checksum=bundle.checksum,
+        probe_gap=max(gaps),
+        stall_s=max(proof.stall_s for proof in proofs),
+        total_s=time.monotonic() - started,
+    )
+
+
+async def save_checkpoint(run: Run, settled: Stage, step: int) -> None:
+    """Atomic; only then do the rows up to ``step`` of ``settled`` count as trained."""
+    draft = run.store.begin(run.progress.global_step)
+    if run.progress.step:  # at a stage's start the exported model of the stage before is all there is to keep
+        await run.learner.save(str(draft / "learner"))
+    await run.buffer.backup(str(draft / "buffer.db"))
+    await asyncio.to_thread(run.store.commit, draft, run.progress.global_step, run.progress.facts())
+    await run.buffer.commit(run.incarnation, settled, step)
+    await asyncio.to_thread(run.store.prune)
+    run.recorder.event("checkpoint", step=run.progress.global_step)
+
+
+async def after_step(run: Run, metrics: dict[str, float], publish: bool) -> None:
+    """Publish if it is due, record, save if it is due. Raises StoppedOnRequest after a checkpoint when a stop was asked for."""
+    if publish:
+        started = time.monotonic()
+        await publish_weights(run, run.progress.version + 1)
+        metrics["time/publish"] = time.monotonic() - started
+    run.recorder.log(run.stage.value, run.progress.step, {**metrics, "version": run.progress.version})
+    stopping = run.stop.reason
+    if stopping or run.progress.step % run.config.checkpoint.save_steps == 0:
+        await save_checkpoint(run, run.stage, run.progress.step)
+    if stopping:
+        where = f"step {run.progress.step} of stage {run.stage.value}"
+        raise StoppedOnRequest(f"stopped by {stopping} after {where}; run the same command to go on")
+
+
+async def nll_stage(run: Run, batches: Sequence[tuple[TokenExample, ...]]) -> None:
+    """A stage that only trains, on batches known beforehand."""
+    await enter_stage(run, len(batches))
+    run.recorder.status(stage=run.stage.value, total=len(batches), doing="training")
+    for step in range(run.progress.step + 1, len(batches) + 1):
+        metrics = dict(await run.learner.nll_step(step, batches[step - 1]))
+        run.stepped(step)
+        await after_step(run, metrics, publish=False)
+
+
+def generation_task(run: Run, stage: Stage, edit_ratios: tuple[float, float] | None = None) -> GenerationTask:
+    """What the workers do with the stage's prompts. ``edit_ratios`` are the fences of preference pairs."""
+    config, improver, preference = run.config, run.config.improver, run.config.preference
+    revisers = dict(improver.reviser) if isinstance(improver.reviser, dict) else {"default": improver.reviser}
+    made, workers = stage is Stage.PREFERENCE, config.rollout.num_rollout_workers
+    return GenerationTask(
+        stage,
+        run.incarnation,
+        sampling(config.rollout.policy),
+        sampling(config.rollout.improver),
+        {"default": "improver"} if made else revisers,
+        improver.repair,
+        {"blend_budget": improver.blend_budget, "seed": config.seed, "revisions_path": improver.revisions_path},
+        pairs=preference.pairs if made else "improver",
+        rungs=preference.ladder if made else 1,
+        agreement=preference.agreement if made else AgreementConfig(),
+        judge=preference.judge.model_copy(update={"endpoint": shared_among(preference.judge.endpoint, workers)}),
+        endpoint=shared_among(improver.endpoint, workers),
+        edit_ratios=edit_ratios,
+    )
