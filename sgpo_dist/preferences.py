@@ -16,6 +16,7 @@ from sgpo_dist.curriculum import edit_fences, given_pairs, improver_examples, of
 from sgpo_dist.errors import DataError, StoppedOnRequest
 from sgpo_dist.evaluate.heldout import improver_check
 from sgpo_dist.health import Brakes, pair_health, refusal_health
+from sgpo_dist.quarantine import is_skipped, keep_count
 from sgpo_dist.recorder import read_metrics
 from sgpo_dist.records import PreferencePair, Stage, TokenExample
 from sgpo_dist.roles import BufferCounts, StagePlan
@@ -45,6 +46,7 @@ async def optimise_preferences(run: Run) -> None:
         metrics = dict(await run.learner.preference_step(step, batch.pairs, batch.replay))
         run.stepped(step)
         metrics |= {"staleness": batch.staleness, "time/wait_for_batch": batch.waited_s}
+        keep_count(run, metrics, batch.pairs + batch.replay)
         reason = await watch.observe(metrics, batch.pairs)
         if reason is not None and await brake(run, reason, watch.is_new):
             break
@@ -113,7 +115,7 @@ async def open_supply(run: Run) -> PairSupply:
     supply = PairSupply(run, tuple(given), tuple(rows))
     if settings.pairs == "given":
         return supply
-    await run.buffer.open_stage(run.incarnation, preference_plan(run), run.preference_prompts(), run.progress.version)
+    await run.buffer.open_stage(run.incarnation, preference_plan(run), run.preference_prompts(), run.published)
     fences = edit_fences(revisions, settings.fence) if settings.fence is not None else None
     if settings.improver_model is not None:
         await collect_apart(run, settings.improver_model)
@@ -175,7 +177,7 @@ class Watch:
         self._brakes = Brakes(settings.brakes, settings.beta, reference_free=settings.loss_type == "simpo")
         self._counts: BufferCounts | None = None
         for row in read_metrics(run.directory / "metrics.jsonl"):
-            if row.stage == Stage.PREFERENCE and row.step <= run.progress.step:
+            if row.stage == Stage.PREFERENCE and row.step <= run.progress.step and not is_skipped(row.metrics):
                 self._brakes.observe(row.metrics)
 
     async def observe(self, metrics: dict[str, float], pairs: Sequence[PreferencePair]) -> str | None:
@@ -191,7 +193,7 @@ class Watch:
             metrics |= found
             shown = {name.removeprefix("improver/"): value for name, value in found.items()}
             self._run.recorder.event("improver_check", step=self._run.progress.step, **shown)
-        return self._brakes.observe(metrics)
+        return None if is_skipped(metrics) else self._brakes.observe(metrics)
 
     @property
     def is_new(self) -> bool:

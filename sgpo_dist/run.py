@@ -60,8 +60,20 @@ class StopRequest:
 
 
 @dataclass(slots=True)
+class Faults:
+    """What went wrong since something last went right.
+
+    ``losses`` of the learner since the last checkpoint, ``bad_steps`` in a row; ``lost_at`` (monotonic seconds) while a learner is rebuilt.
+    """
+
+    losses: int = 0
+    bad_steps: int = 0
+    lost_at: float | None = None
+
+
+@dataclass(slots=True)
 class Run:
-    """All parts of one run."""
+    """All parts of one run. The workers hold version ``published``, the weights after step ``published_step`` of the run."""
 
     config: Config
     directory: Path
@@ -78,8 +90,10 @@ class Run:
     tolerance: float
     restored_from: Path | None = None
     published: int = -1
+    published_step: int = -1
     unpublished_steps: int = 0
     stop: StopRequest = field(default_factory=StopRequest)
+    faults: Faults = field(default_factory=Faults)
 
     @property
     def stage(self) -> Stage:

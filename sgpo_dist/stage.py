@@ -1,6 +1,7 @@
 """What every stage does: enter, publish weights, step, save. The story's verbs, one each.
 
-Called by ``story`` and ``preferences``. Start-up and resume are one path through ``enter_stage``: weights first, then leases.
+Called by ``story`` and ``preferences``. Start-up, resume and a learner's recovery are one path through ``enter_stage``: weights first, then
+leases.
 Leaves out: what a stage trains on, and in which order the stages come.
 """
 
@@ -14,6 +15,7 @@ from sgpo_dist.config import AgreementConfig
 from sgpo_dist.endpoint import shared_among
 from sgpo_dist.errors import RunFailed, StoppedOnRequest
 from sgpo_dist.evaluate.heldout import evaluate_heldout
+from sgpo_dist.quarantine import keep_count
 from sgpo_dist.records import Stage, TokenExample
 from sgpo_dist.roles import GenerationTask
 from sgpo_dist.run import Run, sampling
@@ -25,14 +27,22 @@ async def enter_stage(run: Run, total_steps: int) -> None:
     await run.learner.begin_stage(run.learner_stage(run.stage, total_steps))
     if run.restored_from is not None and run.progress.step:
         await run.learner.load(str(run.restored_from / "learner"))
-    if run.published != run.progress.version:
+    if run.published < run.progress.version:
         await publish_weights(run, run.progress.version)
+    note_rebuilt(run)
     if run.progress.global_step == 0:
         await evaluate_heldout(run, "initial")
 
 
 async def publish_weights(run: Run, version: int) -> None:
-    """Send, prove, and only then call it current. A worker that cannot prove it is rebuilt by the fleet."""
+    """Send, prove, and only then call it current. A worker that cannot prove it is rebuilt by the fleet.
+
+    A version that the workers hold already is not sent again: a rebuilt learner is on its way back to the step that it was made after.
+    """
+    if version <= run.published:
+        run.moved(version=version)
+        run.unpublished_steps = 0
+        return
     started = time.monotonic()
     bundle = await run.learner.publish(version)
     proofs = await run.fleet.publish(bundle)
@@ -40,7 +50,7 @@ async def publish_weights(run: Run, version: int) -> None:
     if not gaps:
         raise RunFailed(f"no rollout worker proved version {version}; see the rollout logs")
     run.moved(version=version)
-    run.published = version
+    run.published, run.published_step = version, run.progress.global_step
     run.unpublished_steps = 0
     await run.buffer.advance(run.incarnation, run.stage, version)
     await run.learner.retire(version - 1)
@@ -63,6 +73,7 @@ async def save_checkpoint(run: Run, settled: Stage, step: int) -> None:
     await run.buffer.backup(str(draft / "buffer.db"))
     await asyncio.to_thread(run.store.commit, draft, run.progress.global_step, run.progress.facts())
     await run.buffer.commit(run.incarnation, settled, step)
+    run.faults.losses = 0
     await asyncio.to_thread(run.store.prune)
     run.recorder.event("checkpoint", step=run.progress.global_step)
 
@@ -89,7 +100,18 @@ async def nll_stage(run: Run, batches: Sequence[tuple[TokenExample, ...]]) -> No
     for step in range(run.progress.step + 1, len(batches) + 1):
         metrics = dict(await run.learner.nll_step(step, batches[step - 1]))
         run.stepped(step)
+        keep_count(run, metrics, batches[step - 1])
         await after_step(run, metrics, publish=False)
+
+
+def note_rebuilt(run: Run) -> None:
+    """Say how long the learner was away, if it was lost."""
+    if run.faults.lost_at is None:
+        return
+    seconds = round(time.monotonic() - run.faults.lost_at, 1)
+    run.faults.lost_at = None
+    run.recorder.event("learner_rebuilt", seconds=seconds, stage=run.stage.value, step=run.progress.step)
+    run.recorder.message(f"the learner is back on step {run.progress.step} of stage {run.stage.value} after {seconds:g} s")
 
 
 def generation_task(run: Run, stage: Stage, edit_ratios: tuple[float, float] | None = None) -> GenerationTask:

@@ -12,24 +12,29 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from sgpo_dist.curriculum import filter_revisions, improver_examples, nll_batches, replay_examples, sft_examples
-from sgpo_dist.errors import RunFailed
+from sgpo_dist.errors import RunFailed, WorkerFault
 from sgpo_dist.evaluate.heldout import evaluate_heldout, improver_verdict
 from sgpo_dist.preferences import optimise_preferences
 from sgpo_dist.records import Completion, PreferencePair, Stage, TokenExample
+from sgpo_dist.recovery import go_back
 from sgpo_dist.roles import StagePlan
 from sgpo_dist.run import Run
 from sgpo_dist.stage import enter_stage, generation_task, nll_stage, publish_weights, save_checkpoint
 
 
 async def train(run: Run) -> None:
-    """Every stage that is left, each leaving a model; start-up and resume are one path: weights first, then leases."""
+    """Every stage that is left, each leaving a model; start-up, resume and recovery are one path: weights first, then leases."""
     await _supervised(run, _walk_stages)
 
 
 async def _walk_stages(run: Run) -> None:
-    for stage in run.stages_left():
-        await _STAGES[stage](run)
-        await finish_stage(run)
+    """A stage whose learner was lost is entered again, from its newest checkpoint; the workers go on generating meanwhile."""
+    while run.stages_left():
+        try:
+            await _STAGES[run.stage](run)
+            await finish_stage(run)
+        except WorkerFault as fault:
+            await go_back(run, fault)
 
 
 async def fine_tune(run: Run) -> None:
@@ -43,7 +48,7 @@ async def teach_improver(run: Run) -> None:
     """Stage 1: the model's own drafts, revised a step toward the references; NLL on the revisions."""
     settings = run.config.improver
     if run.progress.step == 0:
-        if run.published != run.progress.version:
+        if run.published < run.progress.version:
             await enter_stage(run, total_steps=1)  # drafts are the current model's: it must be on the workers first
         await _collect_revisions(run)
     pairs = await run.buffer.pairs(Stage.IMPROVER)
@@ -74,7 +79,7 @@ async def _collect_revisions(run: Run) -> None:
     plan = StagePlan(
         Stage.IMPROVER, run.config.seed, batch_size=1, samples_per_prompt=settings.drafts_per_row, lease_s=run.config.rollout.lease_s
     )
-    await run.buffer.open_stage(run.incarnation, plan, run.corpus.references[: settings.max_rows], run.progress.version)
+    await run.buffer.open_stage(run.incarnation, plan, run.corpus.references[: settings.max_rows], run.published)
     run.recorder.status(stage=run.stage.value, total=0, doing="drafting and revising")
     await run.fleet.begin(generation_task(run, Stage.IMPROVER))
     await run.buffer.wait_exhausted(Stage.IMPROVER)

@@ -26,7 +26,6 @@ class Arm:
     parent: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     improver_from: str | None = None
-    prompts_are_references: bool = False
     improver_role: bool = False
     shown: bool = True
 
@@ -46,7 +45,6 @@ def arm_key(task: str, name: str, seed: int) -> str:
         "seed": seed,
         "stage": arm.stage,
         "overrides": dict(arm.overrides),
-        "prompts_are_references": arm.prompts_are_references,
         "needs": [arm_key(task, need, seed) for need in arm.needs],
     }
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=6).hexdigest()
@@ -97,7 +95,7 @@ _ORDERS = (
     Arm("improver", "improver", "sft", _IMPROVER | _ORDERS_REPAIR, improver_role=True),
     Arm("sgpo", "preference", "improver", _DPO | _AGREEMENT, improver_role=True),
     Arm("sgpo_ungated", "preference", "improver", _DPO, improver_role=True),
-    Arm("spin", "preference", "sft", _DPO | {"preference.pairs": "reference", "preference.epochs": 3}, prompts_are_references=True),
+    Arm("spin", "preference", "sft", _DPO | {"preference.pairs": "reference", "preference.epochs": 3}),
     Arm("synpo_improver", "improver", "sft", _IMPROVER | _DIRECT, improver_role=True, shown=False),
     Arm("synpo", "preference", "sft", _DPO, improver_from="synpo_improver"),
     Arm("dpo", "preference", "sft", _DPO | {"preference.pairs": "given", "preference.epochs": 3, "preference.collect": "online"}),
@@ -143,7 +141,7 @@ _LANGUAGE = (
     Arm("sft", "sft", None, _TINY_SFT | {"sft.epochs": 4}),
     Arm("improver", "improver", None, _TINY_IMPROVER, improver_role=True),
     Arm("sgpo", "preference", "improver", _TINY_DPO, improver_role=True),
-    Arm("spin", "preference", None, _TINY_DPO | {"preference.pairs": "reference", "preference.epochs": 4}, prompts_are_references=True),
+    Arm("spin", "preference", None, _TINY_DPO | {"preference.pairs": "reference", "preference.epochs": 4}),
 )
 
 ARMS: Final[Mapping[str, Mapping[str, Arm]]] = {

@@ -60,7 +60,7 @@ def plausibility(text: str, reference: str | None, prompt: str) -> float:
         *(isinstance(fields.get(key), str) and fields[key] in note for key in ("name", "item", "city")),
         isinstance(fields.get("quantity"), int) and 2 <= fields["quantity"] <= 12,
         _is_date(fields.get("date")),
-        isinstance(fields.get("total"), int | float) and not isinstance(fields.get("total"), bool) and fields["total"] > 0,
+        isinstance(fields.get("price"), int | float) and not isinstance(fields.get("price"), bool) and _spelled(fields["price"]) in note,
         isinstance(fields.get("urgent"), bool),
     )
     return sum(checks) / len(checks)
@@ -73,6 +73,10 @@ def spoilt(reference: str, rng: random.Random) -> str:
     for key in rng.sample([key for key in orders.KEYS if other[key] != fields[key]], rng.randint(1, 3)):
         fields[key] = other[key]
     return json.dumps(fields)
+
+
+def _spelled(price: float) -> str:
+    return f"{price:.2f}" if price % 1 else f"{price:.0f}"
 
 
 def _is_date(value: object) -> bool:

@@ -116,7 +116,7 @@ async def _open(place: Place, core: int) -> Workbench:
     task = TASKS[place.task]
     base = Arm("base", "none")
     bench = Workbench(
-        arm_config(place, base, 0), task.corpus(place.folder / "data", 0, place.split, False), core, place.folder / f"engine-{core}.log"
+        arm_config(place, base, 0), task.corpus(place.folder / "data", 0, place.split), core, place.folder / f"engine-{core}.log"
     )
     await bench.start()
     return bench
@@ -125,7 +125,7 @@ async def _open(place: Place, core: int) -> Workbench:
 async def _run_arm(bench: Workbench, place: Place, arm: Arm, seed: int) -> None:
     task, began = TASKS[place.task], time.monotonic()
     config = arm_config(place, arm, seed)
-    corpus = task.corpus(place.folder / "data", seed, place.split, arm.prompts_are_references)
+    corpus = task.corpus(place.folder / "data", seed, place.split)
     shutil.rmtree(config.run_dir, ignore_errors=True)  # what an arm left that was cut short
     facts: dict[str, Any] = {}
     if arm.stage == "none":
@@ -202,22 +202,22 @@ def _facts(run: Run, task: Task, seed: int) -> dict[str, Any]:
 
 
 async def _score(bench: Workbench, task: Task, prompts: Sequence[Prompt], improver_role: bool) -> dict[str, Any]:
-    """Greedy and sampled answers of the weights on the engine, and the improver's rewrites of both where it has one."""
+    """Greedy and sampled answers of the weights on the engine, and the improver's rewrites of the sampled ones where it has that role."""
     length = int(task.settings["rollout.policy.max_new_tokens"])
     greedy, sampled = Sampling(0.0, 1.0, 0, length), Sampling(1.0, 1.0, 0, length)
     answers = {"greedy": await _ask(bench, prompts, None, greedy), "sampled": await _ask(bench, prompts, None, sampled)}
     per_prompt = {name: _scores(task, prompts, [one.text for one in found]) for name, found in answers.items()}
     if improver_role:
-        for name, found in answers.items():
-            rewrites = await _ask(bench, prompts, [one.text for one in found], greedy)
-            texts = [parse_refinement(new.text, old.text) for new, old in zip(rewrites, found, strict=True)]
-            per_prompt[f"improved_{name}"] = _scores(task, prompts, texts)
+        found = answers["sampled"]
+        rewrites = await _ask(bench, prompts, [one.text for one in found], greedy)
+        texts = [parse_refinement(new.text, old.text) for new, old in zip(rewrites, found, strict=True)]
+        per_prompt["improved_sampled"] = _scores(task, prompts, texts)
     figures = {name: mean(values) for name, values in per_prompt.items()}
     figures["exact"] = mean([float(value > 1 - 1e-9) for value in per_prompt["greedy"]])
     figures["eos"] = mean([float(one.finish_reason is FinishReason.STOP) for one in answers["greedy"]])
     figures["tokens"] = mean([float(len(one.token_ids)) for one in answers["greedy"]])
-    texts = {name: [one.text for one in found] for name, found in answers.items()}
-    return {"figures": figures, "per_prompt": per_prompt, "answers": texts}
+    said = {name: [one.text for one in found] for name, found in answers.items()}
+    return {"figures": figures, "per_prompt": per_prompt, "answers": said}
 
 
 async def _ask(bench: Workbench, prompts: Sequence[Prompt], drafts: Sequence[str] | None, how: Sampling) -> list[Completion]:

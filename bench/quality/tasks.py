@@ -37,12 +37,12 @@ class Task:
         """The reference of each bare prompt by its id, for looking back at pairs."""
         return {str(row["id"]): str(row["reference"]) for row in self.prompts(seed)}
 
-    def corpus(self, folder: Path, seed: int, split: str, prompts_are_references: bool) -> Corpus:
+    def corpus(self, folder: Path, seed: int, split: str) -> Corpus:
         """The corpus of one arm. The files in ``folder`` are written anew: they are a function of task, seed and split."""
         folder.mkdir(parents=True, exist_ok=True)
         references = _rows(folder / f"references-{seed}.jsonl", self.references(seed))
         bare = [{key: value for key, value in row.items() if key != "reference"} for row in self.prompts(seed)]
-        prompts = references if prompts_are_references else _rows(folder / f"prompts-{seed}.jsonl", bare)
+        prompts = _rows(folder / f"prompts-{seed}.jsonl", bare)
         return Corpus(references, prompts, _rows(folder / f"{split}.jsonl", self.heldout(split)))
 
 
@@ -74,8 +74,8 @@ ORDERS_SETTINGS: Mapping[str, Any] = {
     "data.max_prompt_tokens": 224,
     "rollout.concurrency": 32,
     "rollout.kv_cache_gib": 0.5,
-    "rollout.policy.max_new_tokens": 96,
-    "rollout.improver.max_new_tokens": 96,
+    "rollout.policy.max_new_tokens": 80,
+    "rollout.improver.max_new_tokens": 80,
     "learner.max_tokens_per_micro_batch": 2048,
     "learner.zero_stage": 0,
 }

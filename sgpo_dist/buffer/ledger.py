@@ -19,6 +19,7 @@ Decisions worth knowing:
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,14 @@ Row = tuple[Any, ...]
 
 MAX_ATTEMPTS: Final = 5
 SUSPECT_AFTER: Final = 2
+WRITES: Final = ("begin", "open_stage", "advance", "lease", "put", "assign", "commit")
+CRASH_POINTS: Final = (
+    *(f"ledger.{write}.{moment}" for write in WRITES for moment in ("written", "committed")),
+    "ledger.backup.copied",
+    "ledger.backup.synced",
+    "ledger.backup.renamed",
+)
+"""Every place where a test can kill the process: before and after the COMMIT of each write, and inside a backup."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +103,10 @@ class Ledger:
         wall: Callable[[], float],
         synchronous: str = "FULL",
         max_attempts: int = MAX_ATTEMPTS,
+        crash_point: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._path = str(path)
+        self._crash_point = crash_point
         self._clock = clock
         self._wall = wall
         self._max_attempts = max_attempts
@@ -110,7 +121,7 @@ class Ledger:
 
     def begin_incarnation(self) -> int:
         """A new driver owns the run: fences off all earlier ones and returns their leases. Returns its number, from 1."""
-        with self._transaction():
+        with self._transaction(name="begin"):
             self._db.execute("UPDATE meta SET value = value + 1 WHERE key = 'incarnation'")
             held = self._orders("WHERE state = 'leased' ORDER BY stage, position")
             self._release(held, blame=False)
@@ -123,7 +134,7 @@ class Ledger:
         Again with the same plan it changes nothing but the version, ``lease_s`` and ``max_pairs``; prompts not seen before go to the end.
         Raises DataError for a prompt whose content changed or an id used twice, RunFailed for another plan.
         """
-        with self._transaction(incarnation):
+        with self._transaction(incarnation, "open_stage"):
             self._open_plan(incarnation, plan, version)
             fresh = self._unknown(plan.stage, prompts)
             self._db.executemany("INSERT INTO prompts VALUES (?, ?, ?, ?, ?, ?)", (codec.pack_prompt(plan.stage, p) for p in fresh))
@@ -135,14 +146,14 @@ class Ledger:
 
         A stage that is not open (yet) has nobody to grant room to: the version is journalled, and ``open_stage`` will set it.
         """
-        with self._transaction(incarnation):
+        with self._transaction(incarnation, "advance"):
             self._set_version(stage, incarnation, version, "advance")
 
     # ---- leases -----------------------------------------------------------------------------------------------------------------
 
     def lease(self, incarnation: int, worker_id: str, stage: Stage, limit: int) -> LeaseGrant:
         """Grant at most ``limit`` prompts, lowest positions first, and only as many as there is room for."""
-        with self._transaction(incarnation):
+        with self._transaction(incarnation, "lease"):
             self._expire()
             known = self._stage(stage, incarnation)
             tally = self._tally(stage)
@@ -151,13 +162,16 @@ class Ledger:
             leases = tuple(self._grant(known, worker_id, columns) for columns in granted)
             return LeaseGrant(leases, exhausted=not leases and known.admission.exhausted(tally))
 
-    def renew(self, incarnation: int, worker_id: str) -> int:
-        """Extend the deadlines of all leases of a worker; returns how many it holds."""
+    def renew(self, incarnation: int, worker_id: str, uids: Sequence[str] | None = None) -> int:
+        """Extend the deadlines of those leases of a worker that it names (None = of all); returns how many of them it holds.
+
+        A worker should name them: a grant whose answer was lost belongs to nobody, and must not live as long as its worker does.
+        """
         with self._transaction(incarnation):
             return self._db.execute(
                 "UPDATE orders SET deadline = ? + (SELECT lease_s FROM stages WHERE stages.stage = orders.stage)"
-                " WHERE state = 'leased' AND worker = ?",
-                (self._clock(), worker_id),
+                " WHERE state = 'leased' AND worker = ? AND (? OR uid IN (SELECT value FROM json_each(?)))",
+                (self._clock(), worker_id, uids is None, json.dumps(list(uids or ()))),
             ).rowcount
 
     def give_back(self, incarnation: int, worker_id: str, *, crashed: bool = True) -> int:
@@ -185,7 +199,7 @@ class Ledger:
 
     def put_group(self, requests: Sequence[PutRequest]) -> list[PutReceipt | SgpoError]:
         """Many callers' outcomes in one transaction; a caller whose outcomes are refused gets its error, the others their receipts."""
-        with self._transaction():
+        with self._transaction(name="put"):
             return [self._put_one(request) for request in requests]
 
     # ---- batches ----------------------------------------------------------------------------------------------------------------
@@ -194,8 +208,10 @@ class Ledger:
         """The batch of ``step``, journalled; why it must wait; or None when it can never be filled (no short batch is formed).
 
         A step in the journal gives the recorded pairs in the recorded order. Otherwise the oldest ready pairs, by version then position.
+        A driver that went back to recorded steps may number the weights on its way as it likes, if they only go up; at the first new step
+        the version that the step trains must be current.
         """
-        with self._transaction(incarnation):
+        with self._transaction(incarnation, "assign"):
             self._expire()
             known = self._align(self._stage(stage, incarnation), step)
             if step <= known.last_step:
@@ -204,7 +220,7 @@ class Ledger:
 
     def commit(self, incarnation: int, stage: Stage, step: int) -> int:
         """A checkpoint holds everything up to ``step``: those rows become trained. Returns how many changed (0 if no batch was formed)."""
-        with self._transaction(incarnation):
+        with self._transaction(incarnation, "commit"):
             row = self._db.execute("SELECT last_step FROM stages WHERE stage = ?", (stage,)).fetchone()
             last_step = int(row[0]) if row else 0
             if last_step and step > last_step:
@@ -267,22 +283,27 @@ class Ledger:
                 copy.execute("PRAGMA journal_mode = DELETE")
             finally:
                 copy.close()
+            self._crash_point("ledger.backup.copied")
             _sync(partial)
+            self._crash_point("ledger.backup.synced")
             partial.replace(final)
+            self._crash_point("ledger.backup.renamed")
             _sync(final.parent)
 
     # ---- transactions and rows --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _transaction(self, incarnation: int | None = None) -> Iterator[None]:
-        """All or nothing, one writer at a time; ``incarnation`` (of a writer) must be the newest."""
+    def _transaction(self, incarnation: int | None = None, name: str = "other") -> Iterator[None]:
+        """All or nothing, one writer at a time; ``incarnation`` (of a writer) must be the newest. ``name`` names its crash points."""
         with mapped_errors(self._path):
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 if incarnation is not None:
                     self._fence(incarnation)
                 yield
+                self._crash_point(f"ledger.{name}.written")
                 self._db.execute("COMMIT")
+                self._crash_point(f"ledger.{name}.committed")
             except BaseException:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
@@ -535,14 +556,15 @@ class Ledger:
     # ---- forming batches --------------------------------------------------------------------------------------------------------
 
     def _align(self, known: _OpenStage, step: int) -> _OpenStage:
-        """Tie versions to steps at the first step of an incarnation, and wherever the driver goes back to a recorded step."""
+        """Tie versions to steps at the first step of an incarnation, at recorded steps, and at the first new step after those."""
         if not 1 <= step <= known.last_step + 1:
             raise RunFailed(f"stage {known.stage}: step {step} asked for, but the next one is {known.last_step + 1}; steps have no gaps")
         if known.aligned and step > known.last_step:
             return known
         base = known.version - (step - 1) // known.admission.weight_sync_interval
-        self._db.execute("UPDATE stages SET base_version = ?, aligned = 1 WHERE stage = ?", (base, known.stage))
-        return replace(known, aligned=True, admission=replace(known.admission, base_version=base))
+        new = step > known.last_step
+        self._db.execute("UPDATE stages SET base_version = ?, aligned = ? WHERE stage = ?", (base, new, known.stage))
+        return replace(known, aligned=new, admission=replace(known.admission, base_version=base))
 
     def _replay(self, stage: Stage, step: int) -> Batch:
         version, uids = self._db.execute("SELECT version, uids FROM journal WHERE stage = ? AND step = ?", (stage, step)).fetchone()

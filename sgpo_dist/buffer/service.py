@@ -57,13 +57,16 @@ class PairBuffer:
         synchronous: str = "FULL",
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        crash_point: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._group_size = group_size
         self._group_wait_s = group_wait_s
         self._tick_s = tick_s
         self._clock = clock
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
-        build = partial(Ledger, path, clock=clock, wall=wall, synchronous=synchronous, max_attempts=max_attempts)
+        build = partial(
+            Ledger, path, clock=clock, wall=wall, synchronous=synchronous, max_attempts=max_attempts, crash_point=crash_point
+        )
         self._ledger = self._thread.submit(build).result()  # SQLite connections belong to the thread that opened them
         self._pending: list[_Pending] = []
         self._group_full = asyncio.Event()
@@ -145,9 +148,9 @@ class PairBuffer:
         """At most ``limit`` leases, and only as many as the staleness bound has room for."""
         return await self._run(partial(self._ledger.lease, incarnation, worker_id, stage, limit))
 
-    async def renew(self, incarnation: int, worker_id: str) -> int:
-        """Heartbeat: extends the worker's leases; returns how many it still holds."""
-        return await self._run(partial(self._ledger.renew, incarnation, worker_id))
+    async def renew(self, incarnation: int, worker_id: str, uids: Sequence[str] | None = None) -> int:
+        """Heartbeat: extends the worker's leases that it names (None = all); returns how many of them it still holds."""
+        return await self._run(partial(self._ledger.renew, incarnation, worker_id, uids))
 
     async def give_back(self, incarnation: int, worker_id: str, *, crashed: bool = True) -> int:
         """Return all leases of a worker that ended; ``crashed`` False when it ended in good order and its prompts are not to blame."""

@@ -409,12 +409,12 @@ def _optional_text(row: Mapping[str, Any], key: str, where: str) -> str | None:
 
 
 def _prompt_id(row: Mapping[str, Any], where: str, source: str, messages: Sequence[Message], reference: str | None) -> str:
-    """The row's ``id``; else a name made of source, row number and content, so that a message can be traced to its line."""
-    given = row.get("id")
+    """The row's ``id`` (or ``uid``); else a name made of source, row number and content, so that a message can be traced to its line."""
+    given = row.get("id", row.get("uid"))
     if isinstance(given, int) and not isinstance(given, bool):
         return str(given)
     if given is not None:
-        return _optional_text(row, "id", where) or ""
+        return _optional_text(row, "id" if "id" in row else "uid", where) or ""
     named = json.dumps([source, [[message.role, message.content] for message in messages], reference], ensure_ascii=False)
     digest = hashlib.blake2b(named.encode(), digest_size=6).hexdigest()
     return f"{source}-{where.rsplit(' ', 1)[-1]}-{digest}"

@@ -20,7 +20,7 @@ from typing import Any
 
 from sgpo_dist.errors import DataError
 
-KEYS = ("name", "item", "quantity", "city", "date", "total", "urgent")
+KEYS = ("name", "item", "quantity", "city", "date", "price", "urgent")
 INSTRUCTION = f"Turn the order note into one line of JSON with the keys {', '.join(KEYS[:-1])} and {KEYS[-1]}. Write dates as YYYY-MM-DD."
 MAX_REPAIRS = 3
 MIN_RECOVERED = 4
@@ -196,7 +196,7 @@ def _order(rng: random.Random) -> Order:
         date=_spelled_date(day, rng),
         extra=_extra(other, urgent, rng),
     )
-    values = (name, item, quantity, city, day.isoformat(), _amount(quantity * half_units), urgent)
+    values = (name, item, quantity, city, day.isoformat(), _amount(half_units), urgent)
     return Order(note=note, fields=dict(zip(KEYS, values, strict=True)))
 
 

@@ -20,7 +20,7 @@ from sgpo_dist.evaluate.scoring import load_scorers
 from sgpo_dist.records import Completion, FinishReason, Message, Prompt, TokenExample
 from sgpo_dist.roles import GenerateRequest
 
-TRUTH = '{"name": "A", "item": "cups", "quantity": 2, "city": "Rome", "date": "2026-01-02", "total": 8, "urgent": false}'
+TRUTH = '{"name": "A", "item": "cups", "quantity": 2, "city": "Rome", "date": "2026-01-02", "price": 8, "urgent": false}'
 WRONG_CITY = TRUTH.replace("Rome", "Oslo")
 WRONG_TWO = WRONG_CITY.replace("8", "9")
 

@@ -173,7 +173,7 @@ def test_repair_that_changes_nothing_is_nothing_to_repair(hooks: ModuleType) -> 
 
 def test_repair_mends_a_starter_order() -> None:
     reviser = build_reviser("repair", repair="sgpo_dist.starter.orders:repair")
-    truth = '{"name": "A", "item": "cups", "quantity": 2, "city": "Rome", "date": "2026-01-02", "total": 8, "urgent": false}'
+    truth = '{"name": "A", "item": "cups", "quantity": 2, "city": "Rome", "date": "2026-01-02", "price": 8, "urgent": false}'
     assert revise(reviser, truth.replace("Rome", "Oslo"), asked=prompt(truth)) == truth
 
 

@@ -11,7 +11,7 @@ import pytest
 from sgpo_dist.errors import DataError
 from sgpo_dist.starter import chat, orders
 
-REFERENCE = '{"name": "Ann Lee", "item": "mugs", "quantity": 4, "city": "Oslo", "date": "2027-03-05", "total": 18, "urgent": true}'
+REFERENCE = '{"name": "Ann Lee", "item": "mugs", "quantity": 4, "city": "Oslo", "date": "2027-03-05", "price": 18, "urgent": true}'
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 WORDS = {
     "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10, "eleven": 11, "twelve": 12,
@@ -39,7 +39,7 @@ def test_first_train_row_is_this_text_on_every_machine() -> None:
     )
     assert row["reference"] == (
         '{"name": "Ivan Martin", "item": "extension cords", "quantity": 11, "city": "Warsaw", '
-        '"date": "2028-10-28", "total": 82.5, "urgent": true}'
+        '"date": "2028-10-28", "price": 7.5, "urgent": true}'
     )
 
 
@@ -66,7 +66,7 @@ def test_every_field_can_be_read_back_from_the_note() -> None:
         assert price is not None
         quantity = WORDS.get(count[1]) or int(count[1])
         assert fields["quantity"] == quantity
-        assert fields["total"] == quantity * float(price[1] or price[2])
+        assert fields["price"] == float(price[1] or price[2])
         assert fields["date"] == read_date(note)
         assert str(fields["name"]) in note
         assert re.search(rf"(to|to our|in|for|Ship to:|^) ?{fields['city']}\b", note), note
@@ -85,7 +85,7 @@ def test_generator_uses_its_whole_range() -> None:
     distractors = sum(any(aside in note for aside in ("bill goes", "still in", "call came", "time not to")) for note in notes)
     assert 180 < distractors < 300  # 0.4 of 600 is 240, five standard errors are 60
     assert 240 < sum(order.fields["urgent"] is True for order in batch) < 360
-    assert any(isinstance(order.fields["total"], float) for order in batch)
+    assert any(isinstance(order.fields["price"], float) for order in batch)
 
 
 def test_splits_have_their_sizes_and_share_no_note() -> None:
@@ -126,9 +126,9 @@ def test_order_texts_stay_short() -> None:
 
 def test_field_score_on_hand_made_answers() -> None:
     assert orders.field_score(f"  {REFERENCE}\n", REFERENCE) == 1.0
-    assert orders.field_score(reference_with(total=18.0, quantity="4"), REFERENCE) == pytest.approx(6 / 7)  # only the quoted 4 is wrong
+    assert orders.field_score(reference_with(price=18.0, quantity="4"), REFERENCE) == pytest.approx(6 / 7)  # only the quoted 4 is wrong
     # 1 is not true, and the date is missing
-    two_wrong = '{"urgent": 1, "name": "Ann Lee", "item": "mugs", "quantity": 4, "city": "Oslo", "total": 18}'
+    two_wrong = '{"urgent": 1, "name": "Ann Lee", "item": "mugs", "quantity": 4, "city": "Oslo", "price": 18}'
     assert orders.field_score(two_wrong, REFERENCE) == pytest.approx(5 / 7)
 
 
@@ -172,8 +172,8 @@ def test_repair_leaves_an_exact_draft_alone() -> None:
 
 
 def test_repair_corrects_the_first_three_wrong_fields_and_keeps_the_others() -> None:
-    draft = reference_with(item="cups", quantity=5, city="Rome", total=20, urgent=False)  # five wrong
-    fixed = '{"name": "Ann Lee", "item": "mugs", "quantity": 4, "city": "Oslo", "date": "2027-03-05", "total": 20, "urgent": false}'
+    draft = reference_with(item="cups", quantity=5, city="Rome", price=20, urgent=False)  # five wrong
+    fixed = '{"name": "Ann Lee", "item": "mugs", "quantity": 4, "city": "Oslo", "date": "2027-03-05", "price": 20, "urgent": false}'
     assert orders.repair(draft, REFERENCE, "") == fixed
     assert orders.repair(fixed, REFERENCE, "") == REFERENCE  # two were left
 
@@ -185,12 +185,12 @@ def test_repair_counts_a_missing_key_as_wrong_and_drops_foreign_ones() -> None:
 
 def test_repair_of_a_cut_draft_fills_the_unreadable_fields_first() -> None:
     draft = '{"name": "Bo Lee", "item": "mugs", "quantity": 5, "city": "Oslo", "date": "2027-0'  # three unreadable, two wrong
-    fixed = '{"name": "Bo Lee", "item": "mugs", "quantity": 5, "city": "Oslo", "date": "2027-03-05", "total": 18, "urgent": true}'
+    fixed = '{"name": "Bo Lee", "item": "mugs", "quantity": 5, "city": "Oslo", "date": "2027-03-05", "price": 18, "urgent": true}'
     assert orders.repair(draft, REFERENCE, "") == fixed
 
 
 def test_repair_reads_loose_spellings() -> None:
-    draft = "Name: 'Ann Lee', item = \"mugs\", quantity: 04, city: \"Oslo\", date: '2027-03-05', total: 18, urgent: True"  # 04 is no number
+    draft = "Name: 'Ann Lee', item = \"mugs\", quantity: 04, city: \"Oslo\", date: '2027-03-05', price: 18, urgent: True"  # 04 is no number
     assert orders.repair(draft, REFERENCE, "") == REFERENCE
     assert orders.repair(f"Here it is: {REFERENCE}", REFERENCE, "") == REFERENCE
 
@@ -202,7 +202,7 @@ def test_repair_of_a_hopeless_draft_is_the_reference() -> None:
 
 
 def test_repair_never_lets_an_unwritable_text_through() -> None:
-    draft = reference_with(name="\ud800", item="cups", quantity=1, city="\ud800", total=1, urgent="\ud800")
+    draft = reference_with(name="\ud800", item="cups", quantity=1, city="\ud800", price=1, urgent="\ud800")
     assert orders.repair(draft, REFERENCE, "").encode("utf-8")  # type: ignore[union-attr]
 
 
