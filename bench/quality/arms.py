@@ -19,7 +19,9 @@ RECIPE_VERSION: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """``parent`` None starts from the initial model. ``improver_from`` names the arm whose model is a separate improver. ``shown`` = in the table."""
+    """``parent`` None starts from the initial model. ``improver_from`` names the arm whose model is a separate improver. ``swapped`` trains on its
+    pairs the wrong way round. ``shown`` = in the table.
+    """
 
     name: str
     stage: str
@@ -27,6 +29,7 @@ class Arm:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     improver_from: str | None = None
     improver_role: bool = False
+    swapped: bool = False
     shown: bool = True
 
     @property
@@ -45,6 +48,7 @@ def arm_key(task: str, name: str, seed: int) -> str:
         "seed": seed,
         "stage": arm.stage,
         "overrides": dict(arm.overrides),
+        "swapped": arm.swapped,
         "needs": [arm_key(task, need, seed) for need in arm.needs],
     }
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=6).hexdigest()
@@ -60,14 +64,14 @@ def ordered(task: str) -> list[str]:
 _SFT = {"sft.learning_rate": 1e-4, "sft.train_batch_size": 8}
 _IMPROVER = {
     "improver.train_batch_size": 8,
-    "improver.learning_rate": 5e-5,
-    "improver.epochs": 2,
-    "improver.drafts_per_row": 2,
+    "improver.learning_rate": 1e-4,
+    "improver.epochs": 1,
+    "improver.drafts_per_row": 6,
     "improver.filter.min_edit_ratio": 0.005,
     "improver.filter.fence": None,
-    "rollout.policy.temperature": 1.0,
+    "rollout.policy.temperature": 1.3,
     "rollout.policy.top_k": 40,
-    "rollout.policy.top_p": 0.95,
+    "rollout.policy.top_p": 1.0,
 }
 _DPO = {
     "preference.beta": 0.1,
@@ -90,8 +94,8 @@ _AGREEMENT = {"preference.agreement.draws": 3, "preference.agreement.margin": 3,
 
 _ORDERS = (
     Arm("base", "none"),
-    Arm("sft", "sft", None, _SFT | {"sft.epochs": 3}),
-    Arm("sft_more", "sft", "sft", _SFT | {"sft.epochs": 4}),
+    Arm("sft", "sft", None, _SFT | {"sft.epochs": 8}),
+    Arm("sft_more", "sft", "sft", _SFT | {"sft.epochs": 8}),
     Arm("improver", "improver", "sft", _IMPROVER | _ORDERS_REPAIR, improver_role=True),
     Arm("sgpo", "preference", "improver", _DPO | _AGREEMENT, improver_role=True),
     Arm("sgpo_ungated", "preference", "improver", _DPO, improver_role=True),
@@ -109,39 +113,65 @@ _ORDERS = (
 
 # ---- the synthetic language --------------------------------------------------------------------------------------------------------
 
-_TINY_SFT = {"sft.learning_rate": 1e-3, "sft.train_batch_size": 16}
-_TINY_IMPROVER = {
-    "improver.reviser": "repair",
-    "improver.repair": "bench.quality.language:repair",
-    "improver.train_batch_size": 16,
-    "improver.learning_rate": 1e-3,
-    "improver.epochs": 6,
-    "improver.drafts_per_row": 4,
-    "improver.replay": "self",
-    "improver.filter.min_edit_ratio": 0.005,
-    "improver.filter.fence": None,
+_TINY_SFT = {"sft.learning_rate": 1e-3, "sft.train_batch_size": 8, "sft.epochs": 8}
+_TINY_SAMPLING = {
     "rollout.policy.temperature": 1.0,
     "rollout.policy.top_p": 1.0,
-}
-_TINY_DPO = {
-    "preference.beta": 0.1,
-    "preference.learning_rate": 3e-4,
-    "preference.schedule": "linear",
-    "preference.collect": "first",
-    "preference.total_steps": 100,
-    "preference.pair_gate.max_reference_overlap": 1.0,
-    "learner.train_batch_size": 8,
-    "rollout.policy.temperature": 1.0,
-    "rollout.policy.top_p": 1.0,
-    "rollout.improver.temperature": 0.3,
+    "rollout.improver.temperature": 0.7,
     "rollout.improver.top_p": 1.0,
 }
+_TINY_IMPROVER = {
+    **_TINY_SAMPLING,
+    "improver.reviser": "repair",
+    "improver.repair": "bench.quality.language:repair",
+    "improver.train_batch_size": 8,
+    "improver.learning_rate": 1e-3,
+    "improver.epochs": 3,
+    "improver.drafts_per_row": 4,
+    "improver.replay": "reference",
+    "improver.filter.min_edit_ratio": 0.005,
+    "improver.filter.fence": None,
+}
+_TINY_DPO = {
+    **_TINY_SAMPLING,
+    "preference.beta": 0.1,
+    "preference.learning_rate": 1e-4,
+    "preference.total_steps": 40,
+    "preference.max_staleness": 1,
+    "preference.pair_gate.max_reference_overlap": 1.0,
+    "learner.train_batch_size": 8,
+    "weights.weight_sync_interval": 2,
+}
+_FIRST = {"preference.collect": "first"}
+_ORACLE = {"preference.pairs": "judge", "preference.judge.kind": "scorer", "preference.judge.scorer": "bench.quality.language:score"}
+
+
+def _staleness(bound: int) -> dict[str, Any]:
+    return _TINY_DPO | {"weights.weight_sync_interval": 1, "preference.max_staleness": bound}
+
+
 _LANGUAGE = (
     Arm("base", "none"),
-    Arm("sft", "sft", None, _TINY_SFT | {"sft.epochs": 4}),
+    Arm("sft", "sft", None, _TINY_SFT),
+    Arm("sft_more", "sft", "sft", _TINY_SFT),
+    Arm("dpo", "preference", "sft", _TINY_DPO | {"preference.pairs": "given", "preference.epochs": 5}),
+    Arm("spin_base", "preference", None, _TINY_DPO | {"preference.pairs": "reference", "preference.epochs": 6}),
+    Arm("spin", "preference", "sft", _TINY_DPO | {"preference.pairs": "reference", "preference.epochs": 6}),
+    Arm("direct", "improver", None, _TINY_IMPROVER | _DIRECT, improver_role=True),
+    Arm("synpo", "preference", "sft", _TINY_DPO | _FIRST, improver_from="direct"),
+    Arm("online_dpo_oracle", "preference", "sft", _TINY_DPO | _ORACLE),
     Arm("improver", "improver", None, _TINY_IMPROVER, improver_role=True),
     Arm("sgpo", "preference", "improver", _TINY_DPO, improver_role=True),
-    Arm("spin", "preference", None, _TINY_DPO | {"preference.pairs": "reference", "preference.epochs": 4}),
+    Arm("sgpo_swapped", "preference", "improver", _TINY_DPO, swapped=True),
+    # ablations
+    Arm("sgpo_direct", "preference", "direct", _TINY_DPO, improver_role=True),
+    Arm("sgpo_separate", "preference", "sft", _TINY_DPO | _FIRST, improver_from="improver"),
+    Arm("sgpo_first", "preference", "improver", _TINY_DPO | _FIRST, improver_role=True),
+    Arm("improver_fenced", "improver", None, _TINY_IMPROVER | {"improver.filter.fence": 1.5}, improver_role=True),
+    Arm("sgpo_fenced", "preference", "improver_fenced", _TINY_DPO, improver_role=True),
+    Arm("sgpo_stale0", "preference", "improver", _staleness(0), improver_role=True),
+    Arm("sgpo_stale2", "preference", "improver", _staleness(2), improver_role=True),
+    Arm("sgpo_stale8", "preference", "improver", _staleness(8), improver_role=True),
 )
 
 ARMS: Final[Mapping[str, Mapping[str, Arm]]] = {

@@ -83,11 +83,12 @@ class LocalWorker:
 
 
 class LocalLearner:
-    """``roles.Learner`` over one rank in a thread of this process."""
+    """``roles.Learner`` over one rank in a thread of this process. ``swapped`` trains on every pair the wrong way round, for a test."""
 
-    def __init__(self, rank: Any, thread: ThreadPoolExecutor) -> None:
+    def __init__(self, rank: Any, thread: ThreadPoolExecutor, swapped: bool = False) -> None:
         self._rank = rank
         self._thread = thread
+        self._swapped = swapped
 
     async def _call(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._thread, partial(work, *arguments))
@@ -103,7 +104,8 @@ class LocalLearner:
 
     async def preference_step(self, step: int, batch: Sequence[PreferencePair], replay: Sequence[TokenExample] = ()) -> Metrics:
         """See LearnerRank."""
-        metrics: Metrics = await self._call(self._rank.preference_step, step, batch, replay)
+        pairs = [replace(pair, response=pair.refinement, refinement=pair.response) for pair in batch] if self._swapped else batch
+        metrics: Metrics = await self._call(self._rank.preference_step, step, pairs, replay)
         return metrics
 
     async def refresh_reference(self, directory: str) -> None:
@@ -169,11 +171,11 @@ class Workbench:
         await self._engine.stop()
         self._thread.shutdown()
 
-    async def train(self, config: Config, corpus: Corpus) -> Run:
+    async def train(self, config: Config, corpus: Corpus, swapped: bool = False) -> Run:
         """One run to its end, by the product's story; its engine then holds the final weights. Raises what the story raises."""
         with RunDirectory.claim(config, "auto") as directory, Recorder.open(config, directory) as recorder:
             buffer = PairBuffer(directory.database)
-            learner = LocalLearner(await self._thread_call(self._new_rank, config), self._thread)
+            learner = LocalLearner(await self._thread_call(self._new_rank, config), self._thread, swapped)
             fleet = self._fleet(config, directory, buffer, recorder)
             try:
                 await fleet.start(1)

@@ -131,7 +131,7 @@ async def _run_arm(bench: Workbench, place: Place, arm: Arm, seed: int) -> None:
     if arm.stage == "none":
         await bench.show(config)
     else:
-        run = await bench.train(config, corpus)
+        run = await bench.train(config, corpus, arm.swapped)
         facts = await asyncio.to_thread(_facts, run, task, seed)
     trained_s = time.monotonic() - began
     figures = await _score(bench, task, corpus.heldout, arm.improver_role)

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bench.quality import language
-from sgpo_dist.prompts import PromptBook
+from sgpo_dist.prompts import IMPROVER, REVISER, PromptBook
 from sgpo_dist.records import Message, Prompt
 
 UNKNOWN, USER, ASSISTANT, END, PADDING = "<unk>", "<user>", "<assistant>", "<end>", "<pad>"
@@ -37,6 +37,8 @@ CHAT_TEMPLATE: Final = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
 )
+TEMPLATE: Final = "v1"
+"""Version of the product's templates that the model can read."""
 VOCABULARY_MULTIPLE: Final = 64
 REDRAW: Final = 0.2
 """Probability that the initial improver draws a word of the draft anew."""
@@ -119,7 +121,7 @@ def model_config(tokenizer: PreTrainedTokenizerFast, shape: TinyModel = DEFAULTS
 
 def habit_rows(tokenizer: PreTrainedTokenizerFast, shape: TinyModel, seed: int) -> list[list[HabitRow]]:
     """Rows of the policy role and rows of the improver role, two lists; within each all rows are equally long."""
-    book, rng = PromptBook(tokenizer), random.Random(f"habits/{seed}")
+    book, rng = PromptBook(tokenizer, TEMPLATE), random.Random(f"habits/{seed}")
     prompts = [Prompt(text, (Message("user", text),)) for text in language.prompts("pretraining", shape.rows, seed)]
     count = round(shape.improver_share * len(prompts))
     return [[_policy_row(prompt, book, rng) for prompt in prompts[count:]], [_improver_row(prompt, book, rng) for prompt in prompts[:count]]]
@@ -189,8 +191,8 @@ def _batches(counts: Sequence[int], shape: TinyModel, seed: int) -> list[list[li
 
 
 def _template_words() -> list[str]:
-    """Words of the roles' templates, so that instructions are read; the templates' own commands left out."""
+    """Words of the two roles' instructions; the templates' own commands left out."""
     folder = resources.files("sgpo_dist") / "templates"
-    texts = [file.read_text(encoding="utf-8") for file in folder.iterdir() if file.name.endswith(".jinja")]
+    texts = [(folder / f"{role}.{TEMPLATE}.jinja").read_text(encoding="utf-8") for role in (IMPROVER, REVISER)]
     plain = " ".join(re.sub(r"\{[{%].*?[}%]\}", " ", text) for text in texts)
     return sorted(set(plain.split()))

@@ -58,7 +58,7 @@ async def improver_check(run: Run, limit: int) -> Mapping[str, float]:
         "improver/win_rate": _joined(rows, "improver_better"),
         "improver/loss_rate": _joined(rows, "improver_worse"),
         "improver/gain": _joined(rows, "improver_gain"),
-        "improver/copy_rate": _joined(rows, "improver_identical"),
+        "improver/heldout_copy_rate": _joined(rows, "improver_identical"),
     }
     return {name: mean(column) for name, column in columns.items()} if columns["improver/win_rate"] else {}
 

@@ -258,7 +258,7 @@ def test_the_improver_check_gives_its_four_figures(tmp_path: Path) -> None:
         "improver/win_rate": 0.5,
         "improver/loss_rate": 0.25,
         "improver/gain": pytest.approx(0.1 / 4),
-        "improver/copy_rate": 0.25,
+        "improver/heldout_copy_rate": 0.25,
     }
     assert len(set(run.fleet.names)) == 8
 
@@ -267,7 +267,7 @@ def test_the_improver_check_spreads_its_prompts_over_the_held_out_set(tmp_path: 
     run = a_run(tmp_path, ["b", "b", "b", "stay", "stay", "stay"], f"{__name__}:letters")
     found = asyncio.run(improver_check(cast("Any", run), 2))
     assert len(run.fleet.names) == 4
-    assert (found["improver/win_rate"], found["improver/copy_rate"]) == (0.5, 0.5)
+    assert (found["improver/win_rate"], found["improver/heldout_copy_rate"]) == (0.5, 0.5)
 
 
 def test_the_improver_check_is_empty_when_nothing_can_be_scored(tmp_path: Path) -> None:
