@@ -20,7 +20,7 @@ RECIPE_VERSION: Final = 1
 @dataclass(frozen=True, slots=True)
 class Arm:
     """``parent`` None starts from the initial model. ``improver_from`` names the arm whose model is a separate improver. ``swapped`` trains on its
-    pairs the wrong way round. ``shown`` = in the table.
+    pairs the wrong way round. ``rows`` cuts the references that it sees. ``shown`` = in the table.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Arm:
     improver_from: str | None = None
     improver_role: bool = False
     swapped: bool = False
+    rows: tuple[int, int | None] = (0, None)
     shown: bool = True
 
     @property
@@ -49,6 +50,7 @@ def arm_key(task: str, name: str, seed: int) -> str:
         "stage": arm.stage,
         "overrides": dict(arm.overrides),
         "swapped": arm.swapped,
+        "rows": list(arm.rows),
         "needs": [arm_key(task, need, seed) for need in arm.needs],
     }
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=6).hexdigest()
@@ -65,12 +67,11 @@ _SFT = {"sft.learning_rate": 1e-4, "sft.train_batch_size": 8}
 _IMPROVER = {
     "improver.train_batch_size": 8,
     "improver.learning_rate": 1e-4,
-    "improver.epochs": 1,
-    "improver.drafts_per_row": 6,
+    "improver.epochs": 2,
+    "improver.drafts_per_row": 3,
     "improver.filter.min_edit_ratio": 0.005,
     "improver.filter.fence": None,
-    "rollout.policy.temperature": 1.3,
-    "rollout.policy.top_k": 40,
+    "rollout.policy.temperature": 1.0,
     "rollout.policy.top_p": 1.0,
 }
 _DPO = {
@@ -81,8 +82,7 @@ _DPO = {
     "preference.collect": "first",
     "learner.train_batch_size": 8,
     "rollout.policy.temperature": 1.0,
-    "rollout.policy.top_k": 40,
-    "rollout.policy.top_p": 0.95,
+    "rollout.policy.top_p": 1.0,
     "rollout.improver.temperature": 0.3,
     "rollout.improver.top_k": 40,
     "preference.pair_gate.max_reference_overlap": 1.0,
@@ -92,15 +92,18 @@ _ORDERS_REPAIR = {"improver.reviser": "repair", "improver.repair": "sgpo_dist.st
 _DIRECT = {"improver.reviser": "reference", "improver.replay": "none"}
 _AGREEMENT = {"preference.agreement.draws": 3, "preference.agreement.margin": 3, "preference.agreement.vote": "equal"}
 
+_TAUGHT, _DRAFTED = (0, 16), (16, None)
+"""References of the first SFT, and those whose drafts the improver repairs: on the former a model hardly errs any more."""
+
 _ORDERS = (
     Arm("base", "none"),
-    Arm("sft", "sft", None, _SFT | {"sft.epochs": 8}),
-    Arm("sft_more", "sft", "sft", _SFT | {"sft.epochs": 8}),
-    Arm("improver", "improver", "sft", _IMPROVER | _ORDERS_REPAIR, improver_role=True),
+    Arm("sft", "sft", None, _SFT | {"sft.epochs": 8}, rows=_TAUGHT),
+    Arm("sft_more", "sft", "sft", _SFT | {"sft.epochs": 4}),
+    Arm("improver", "improver", "sft", _IMPROVER | _ORDERS_REPAIR, rows=_DRAFTED, improver_role=True),
     Arm("sgpo", "preference", "improver", _DPO | _AGREEMENT, improver_role=True),
     Arm("sgpo_ungated", "preference", "improver", _DPO, improver_role=True),
     Arm("spin", "preference", "sft", _DPO | {"preference.pairs": "reference", "preference.epochs": 3}),
-    Arm("synpo_improver", "improver", "sft", _IMPROVER | _DIRECT, improver_role=True, shown=False),
+    Arm("synpo_improver", "improver", "sft", _IMPROVER | _DIRECT, rows=_DRAFTED, improver_role=True, shown=False),
     Arm("synpo", "preference", "sft", _DPO, improver_from="synpo_improver"),
     Arm("dpo", "preference", "sft", _DPO | {"preference.pairs": "given", "preference.epochs": 3, "preference.collect": "online"}),
     Arm(
@@ -146,8 +149,11 @@ _FIRST = {"preference.collect": "first"}
 _ORACLE = {"preference.pairs": "judge", "preference.judge.kind": "scorer", "preference.judge.scorer": "bench.quality.language:score"}
 
 
+_TINY_SGPO = _TINY_DPO | {"preference.agreement.draws": 4, "preference.agreement.margin": 2, "preference.agreement.vote": "similarity"}
+
+
 def _staleness(bound: int) -> dict[str, Any]:
-    return _TINY_DPO | {"weights.weight_sync_interval": 1, "preference.max_staleness": bound}
+    return _TINY_SGPO | {"weights.weight_sync_interval": 1, "preference.max_staleness": bound}
 
 
 _LANGUAGE = (
@@ -161,14 +167,15 @@ _LANGUAGE = (
     Arm("synpo", "preference", "sft", _TINY_DPO | _FIRST, improver_from="direct"),
     Arm("online_dpo_oracle", "preference", "sft", _TINY_DPO | _ORACLE),
     Arm("improver", "improver", None, _TINY_IMPROVER, improver_role=True),
-    Arm("sgpo", "preference", "improver", _TINY_DPO, improver_role=True),
-    Arm("sgpo_swapped", "preference", "improver", _TINY_DPO, swapped=True),
+    Arm("sgpo", "preference", "improver", _TINY_SGPO, improver_role=True),
+    Arm("sgpo_swapped", "preference", "improver", _TINY_SGPO, swapped=True),
     # ablations
-    Arm("sgpo_direct", "preference", "direct", _TINY_DPO, improver_role=True),
+    Arm("sgpo_ungated", "preference", "improver", _TINY_DPO, improver_role=True),
+    Arm("sgpo_direct", "preference", "direct", _TINY_SGPO, improver_role=True),
     Arm("sgpo_separate", "preference", "sft", _TINY_DPO | _FIRST, improver_from="improver"),
-    Arm("sgpo_first", "preference", "improver", _TINY_DPO | _FIRST, improver_role=True),
+    Arm("sgpo_first", "preference", "improver", _TINY_SGPO | _FIRST, improver_role=True),
     Arm("improver_fenced", "improver", None, _TINY_IMPROVER | {"improver.filter.fence": 1.5}, improver_role=True),
-    Arm("sgpo_fenced", "preference", "improver_fenced", _TINY_DPO, improver_role=True),
+    Arm("sgpo_fenced", "preference", "improver_fenced", _TINY_SGPO, improver_role=True),
     Arm("sgpo_stale0", "preference", "improver", _staleness(0), improver_role=True),
     Arm("sgpo_stale2", "preference", "improver", _staleness(2), improver_role=True),
     Arm("sgpo_stale8", "preference", "improver", _staleness(8), improver_role=True),

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from sgpo_dist.starter import orders
 
-NUM_REFERENCES: Final = 16
+NUM_REFERENCES: Final = 40
 NUM_PROMPTS: Final = 240
 NUM_HELD_OUT: Final = {"validation": 80, "test": 160}
 _SEEDS: Final = {"validation": 9_001, "test": 9_002}

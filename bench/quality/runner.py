@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,7 @@ async def _run_arm(bench: Workbench, place: Place, arm: Arm, seed: int) -> None:
     task, began = TASKS[place.task], time.monotonic()
     config = arm_config(place, arm, seed)
     corpus = task.corpus(place.folder / "data", seed, place.split)
+    corpus = replace(corpus, references=corpus.references[slice(*arm.rows)])
     shutil.rmtree(config.run_dir, ignore_errors=True)  # what an arm left that was cut short
     facts: dict[str, Any] = {}
     if arm.stage == "none":

@@ -98,7 +98,7 @@ def _language(name: str, noise: float) -> Task:
     return Task(
         name=name,
         references=lambda seed: language.pair_rows("train", 64, seed, noise),
-        prompts=lambda seed: language.rows("bare", 2400, seed),
+        prompts=lambda seed: language.rows("bare", 6000, seed),
         heldout=lambda split: language.rows("validation" if split == "validation" else "heldout", counts[split], 7),
         score=language.score,
         initial_model=_tiny,
