@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # An interpreter other than python3: make setup PYTHON=python3.12. The set with CUDA: make setup TARGET=gpu
 export PYTHON TARGET
 
-.PHONY: help setup setup-dev demo test test-unit test-integration check bench docs lock clean distclean
+.PHONY: help setup setup-dev demo test test-unit test-faults test-integration check chaos bench docs lock clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,16 +23,24 @@ setup-dev: ## the same, and what tests and checks need
 demo: setup ## train the embedded model end to end; ARGS="run_name=two preference.total_steps=8" sets keys
 	$(VENV)/python -m sgpo_dist train --config examples/demo.yaml $(ARGS)
 
-test: setup-dev ## all tests: the units (seconds), the simulation, then real Ray, vLLM and DeepSpeed (minutes)
+test: setup-dev ## all tests: the units (seconds), seeded schedules and kills, then real Ray, vLLM and DeepSpeed (minutes)
 	$(PYTEST) tests/unit
-	$(if $(wildcard tests/simulation/test_*.py),$(PYTEST) tests/simulation)
+	$(PYTEST) tests/simulation
+	$(PYTEST) tests/crash
 	$(PYTEST) tests/integration
 
 test-unit: setup-dev ## tests with no cluster and no model; ARGS goes to pytest
 	$(PYTEST) tests/unit $(ARGS)
 
+test-faults: setup-dev ## ten thousand seeded schedules, and kills at every named point; no cluster, no model
+	$(PYTEST) tests/simulation tests/crash $(ARGS)
+
 test-integration: setup-dev ## tests on real Ray, vLLM and DeepSpeed; ARGS="-k resume" picks some
 	$(PYTEST) tests/integration $(ARGS)
+
+chaos: setup ## train while parts of the run are killed, stopped and damaged, then audit it; ARGS="--seed 7 --minutes 30"
+	$(VENV)/python -m sgpo_dist chaos --config examples/smoke.yaml run_name=storm-$$(date +%Y%m%d-%H%M%S) \
+	  preference.total_steps=4000 preference.epochs=1000 rollout.heartbeat_timeout_s=30 rollout.lease_s=60 learner.step_timeout_s=60 $(ARGS)
 
 check: setup-dev ## ruff, mypy and the import rules, all of them even when one fails
 	@failed=0; \

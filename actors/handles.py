@@ -96,9 +96,9 @@ class RemoteBuffer:
         grant: LeaseGrant = await self._call("lease", incarnation, worker_id, stage, limit)
         return grant
 
-    async def renew(self, incarnation: int, worker_id: str) -> int:
-        """Extend the worker's leases."""
-        return int(await self._call("renew", incarnation, worker_id))
+    async def renew(self, incarnation: int, worker_id: str, uids: Sequence[str]) -> int:
+        """Extend the leases that the worker names."""
+        return int(await self._call("renew", incarnation, worker_id, tuple(uids)))
 
     async def put(self, incarnation: int, worker_id: str, outcomes: Sequence[Outcome]) -> PutReceipt:
         """Store outcomes; returns when they are durable."""

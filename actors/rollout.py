@@ -86,6 +86,7 @@ class RolloutWorker:
         self._endpoint: Endpoint | None = None
         self._loops: list[asyncio.Task[None]] = []
         self._walks: set[asyncio.Task[None]] = set()
+        self._held: set[str] = set()
         self._outcomes: asyncio.Queue[Outcome] = asyncio.Queue()
         self._proved = asyncio.Event()
         self._proved.set()
@@ -204,6 +205,7 @@ class RolloutWorker:
     def _begin_walk(self, walker: Walker, lease: Lease) -> None:
         if not self._walks:
             self._idle_s += self._clock() - self._idle_since
+        self._held.add(lease.uid)
         walk = asyncio.create_task(self._guarded(self._walk(walker, lease)))
         self._walks.add(walk)
         walk.add_done_callback(self._end_walk)
@@ -226,14 +228,16 @@ class RolloutWorker:
     async def _put(self, task: GenerationTask, outcomes: Sequence[Outcome]) -> None:
         await self._proved.wait()  # partner: ``receive``, which the fleet bounds; a worker that fails there is replaced
         await self._buffer.put(task.incarnation, self._settings.worker_id, outcomes)
+        self._held.difference_update(outcome.uid for outcome in outcomes)
         pairs = sum(isinstance(outcome, PreferencePair) for outcome in outcomes)
         self._pairs += pairs
         self._refusals += len(outcomes) - pairs
 
     async def _renew_loop(self, task: GenerationTask) -> None:
+        """Renew what is in hand, by name: a grant whose answer was lost is in nobody's hand and must expire."""
         while True:
             await asyncio.sleep(self._settings.lease_s / 3)
-            await self._buffer.renew(task.incarnation, self._settings.worker_id)
+            await self._buffer.renew(task.incarnation, self._settings.worker_id, tuple(self._held))
 
     async def _guarded(self, work: Awaitable[None]) -> None:
         """Run one of the task's coroutines; what it raises is kept for the next heartbeat, or ends the process."""

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -126,14 +128,32 @@ class TrainingEngine:
         self._engine.backward(loss * self._world_size)
 
     def step(self) -> float:
-        """Clip, update, move the schedule on; returns the gradient's norm before clipping. Raises RunFailed when it is not finite."""
+        """Clip, update, move the schedule on; returns the gradient's norm before clipping.
+
+        Where it is not finite nothing but the schedule moves: weights and optimiser stay as they are, on every rank. DeepSpeed 0.19 sees to
+        that itself except in plain float32. Raises RunFailed when a setting of the user's has switched its check off.
+        """
         norm = self._plain_gradient_norm()
+        if norm is not None and not math.isfinite(norm):
+            self._engine.zero_grad()
+            self._move_schedule_on()
+            return norm
         self._engine.step()
-        if norm is None:
-            norm = float(self._engine.get_global_grad_norm())
-        if not self._engine.was_step_applied() or not 0.0 <= norm < float("inf"):
-            raise RunFailed(f"the gradient's norm is {norm}; lower the learning rate, or look at the batch of this step")
+        if not self._engine.was_step_applied():
+            self._move_schedule_on()
+            return math.inf
+        if norm is not None:
+            return norm
+        norm = float(self._engine.get_global_grad_norm())
+        if not 0.0 <= norm < math.inf:
+            raise RunFailed(f"a gradient of norm {norm} was applied; take bf16.check_grad_overflow out of learner.deepspeed_config, then resume")
         return norm
+
+    def _move_schedule_on(self) -> None:
+        """After a skipped step. torch warns that the optimiser has not stepped yet when it is the first one, which is the point of it."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self._engine.lr_scheduler.step()
 
     def save(self, directory: Path) -> None:
         """Weights (trained ones only), optimiser and schedule of all ranks under ``directory``."""

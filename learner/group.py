@@ -1,8 +1,8 @@
 """The learner as the story sees it: R ranks as Ray actors behind ``sgpo_dist.roles.Learner``. Called by launch.
 
-Starts the ranks, lets them meet, calls all of them at once with a deadline, and turns whatever goes wrong into one of our errors. torch
-and DeepSpeed are imported in the actors only, so the driver stays light. Leaves out: what a rank does (learner), rebuilding after a
-fault (the supervisor makes a new group).
+Starts the ranks, lets them meet, calls all of them at once with a deadline, and turns whatever goes wrong into one of our errors. When a
+rank died or hung, all of them are ended by force and the next ``begin_stage`` starts new ones. torch and DeepSpeed are imported in the
+actors only, so the driver stays light. Leaves out: what a rank does (learner), where a run goes on after a fault (recovery).
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
+import psutil
 import ray
 from ray.exceptions import RayError, RayTaskError
 
@@ -101,6 +104,10 @@ class RankHost:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
 
+    def process(self) -> tuple[str, int, float]:
+        """(node, process id, creation time): what names this process exactly."""
+        return ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time()
+
     def call(self, method: str, *arguments: Any) -> Any:
         """One method of the rank."""
         return getattr(self._rank, method)(*arguments)
@@ -115,12 +122,17 @@ class LearnerGroup:
         self._workers = workers
         self._linked: tuple[str, ...] = ()
         self._ranks: list[Any] = []
+        self._processes: list[tuple[int, float]] = []
+        self._files: dict[int, str] = {}
+        self._is_lost = False
 
     async def start(self) -> None:
-        """Bring up the ranks and let them meet; returns when they have. Harmless when they are up.
+        """Bring up the ranks and let them meet; returns when they have. Harmless when they are up; lost ones are ended and replaced.
 
         Ranks whose port someone else took in between are replaced, ``PORT_ATTEMPTS`` times in all: their peers still wait there.
         """
+        if self._is_lost:
+            self._kill()
         for attempt in range(1, PORT_ATTEMPTS + 1):
             if self._ranks:
                 return
@@ -133,14 +145,16 @@ class LearnerGroup:
     async def _bring_up(self) -> None:
         options = _actor_options(self._spec)
         ranks = [ray.remote(RankHost).options(**options).remote(self._spec, rank) for rank in range(self._spec.learner.num_ranks)]
+        self._ranks = ranks
         try:
+            here = ray.get_runtime_context().get_node_id()
+            processes = await _answers([rank.process.remote() for rank in ranks], START_TIMEOUT_S, "start")
+            self._processes = [(pid, created) for node, pid, created in processes if node == here]
             host, port = (await _answers([ranks[0].address.remote()], START_TIMEOUT_S, "start"))[0]
             await _answers([rank.call.remote("connect", host, port) for rank in ranks], START_TIMEOUT_S, "start")
         except SgpoError:
-            for rank in ranks:
-                ray.kill(rank)
+            self._kill()
             raise
-        self._ranks = ranks
 
     async def begin_stage(self, stage: LearnerStage) -> None:
         """See roles.Learner."""
@@ -163,11 +177,14 @@ class LearnerGroup:
         """See roles.Learner. Over a device transport the ranks first meet the workers that are new since the last version."""
         if self._spec.transport != SHM and self._workers is not None:
             await self._meet(self._workers())
-        return cast(WeightBundle, (await self._call("publish", version))[0])
+        bundle = cast(WeightBundle, (await self._call("publish", version))[0])
+        self._files[version] = bundle.uri
+        return bundle
 
     async def retire(self, version: int) -> None:
         """See roles.Learner."""
         await self._call("retire", version)
+        self._files.pop(version, None)
 
     async def _meet(self, client: WorkersClient) -> None:
         from learner.weight_sender import DeviceLink  # loads torch into the driver, so only where devices are
@@ -176,7 +193,7 @@ class LearnerGroup:
             return
         options: dict[str, Any] = {}
         if self._spec.transport == "nccl":
-            host, port = (await _answers([self._ranks[0].address.remote()], START_TIMEOUT_S, "address"))[0]
+            host, port = (await self._asked([self._ranks[0].address.remote()], START_TIMEOUT_S, "address"))[0]
             options = {"master_address": host, "master_port": port, "world_size": 1 + client.num_ranks}
         await self.link(DeviceLink(client, options))
         self._linked = client.names
@@ -202,20 +219,42 @@ class LearnerGroup:
         await self._call("export", directory)
 
     async def stop(self) -> None:
-        """End all ranks: politely for ``STOP_TIMEOUT_S``, then by force."""
-        ranks, self._ranks = self._ranks, []
-        calls = [rank.call.remote("stop") for rank in ranks]
+        """End all ranks: politely for ``STOP_TIMEOUT_S``, then by force; by force at once when one is lost, and its files are removed."""
+        calls = [] if self._is_lost else [asyncio.ensure_future(_settled(rank.call.remote("stop"))) for rank in self._ranks]
         if calls:
-            await asyncio.wait([asyncio.ensure_future(_settled(call)) for call in calls], timeout=STOP_TIMEOUT_S)
-        for rank in ranks:
+            _, silent = await asyncio.wait(calls, timeout=STOP_TIMEOUT_S)
+            if not silent:
+                self._processes = []  # they have gone in good order; Ray would report a signal from us as a crash
+        self._kill()
+        for file in filter(None, self._files.values()):
+            Path(file).unlink(missing_ok=True)
+        self._files = {}
+
+    def _kill(self) -> None:
+        """End all ranks now. Published files stay: a worker that starts meanwhile takes the newest version from there.
+
+        On this machine they are also killed by number, which reaches a stopped process; Ray's own kill waits for it to answer.
+        """
+        for rank in self._ranks:
             ray.kill(rank)
+        for pid, created in self._processes:
+            _kill_exactly(pid, created)
+        self._ranks, self._processes, self._linked, self._is_lost = [], [], (), False
 
     async def _call(self, method: str, *arguments: Any) -> list[Any]:
         """The method on every rank at once; answers in rank order."""
         if not self._ranks:
             raise WorkerFault(ROLE, "it is not running; start it first")
         calls = [rank.call.remote(method, *arguments) for rank in self._ranks]
-        return await _answers(calls, self._spec.learner.step_timeout_s, method)
+        return await self._asked(calls, self._spec.learner.step_timeout_s, method)
+
+    async def _asked(self, calls: Sequence[Any], timeout_s: float, method: str) -> list[Any]:
+        """The answers; a fault of one rank is remembered, because the others are of no use without it."""
+        try:
+            return await _answers(calls, timeout_s, method)
+        except WorkerFault:
+            self._is_lost = True
+            raise
 
 
 async def _answers(calls: Sequence[Any], timeout_s: float, method: str) -> list[Any]:
@@ -252,6 +291,15 @@ def _actor_options(spec: GroupSpec) -> dict[str, Any]:
         "max_task_retries": 0,
         "runtime_env": {"env_vars": environment | dict(spec.environment)},
     }
+
+
+def _kill_exactly(pid: int, created: float) -> None:
+    """SIGKILL a process unless its number belongs to another one by now."""
+    try:
+        if abs(psutil.Process(pid).create_time() - created) < 1.0:
+            os.kill(pid, signal.SIGKILL)
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return
 
 
 def _first_line(problem: BaseException) -> str:

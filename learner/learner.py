@@ -149,21 +149,21 @@ class LearnerRank:
         state.reference = self._load_reference(state.stage, directory)
 
     def nll_step(self, step: int, batch: Sequence[TokenExample]) -> dict[str, float]:
-        """One optimiser step on mean weighted NLL over completion tokens. Raises RunFailed when the loss is not finite."""
+        """One optimiser step on mean weighted NLL over completion tokens; see ``_optimise`` for one that is skipped."""
         started = self._clock()
-        return self._optimise(step, [nll_objective(batch, self._device, packed=self._current.stage.packing)], started)
+        return self._optimise([nll_objective(batch, self._device, packed=self._current.stage.packing)], started)
 
     def preference_step(self, step: int, batch: Sequence[PreferencePair], replay: Sequence[TokenExample] = ()) -> dict[str, float]:
         """One optimiser step on the stage's preference loss, plus NLL of the chosen texts, plus the replay rows' NLL by their share.
 
-        Raises RunFailed when the loss is not finite.
+        See ``_optimise`` for one that is skipped.
         """
         started = self._clock()
         rows = [pair_row(pair) for pair in batch]
         objectives: list[Objective] = [preference_objective(batch, rows, self._reference_logps(batch, rows), self._current.stage.loss)]
         if replay:
             objectives.append(nll_objective(replay, self._device, coefficient=len(replay) / len(batch), name="replay/nll_loss"))
-        metrics = self._optimise(step, objectives, started)
+        metrics = self._optimise(objectives, started)
         return metrics | {"perf/pairs_per_s": len(batch) / metrics["time/step"]}
 
     def logps(self, rows: Sequence[TokenExample]) -> list[float]:
@@ -292,37 +292,47 @@ class LearnerRank:
             chosen = [[rows[number] for number in sequences[place]] for place in places] or [[empty_row(len(rows[0].branches))]]
             yield numbers, collate_packed(chosen).to(self._device)
 
-    def _optimise(self, step: int, objectives: Sequence[Objective], started: float) -> dict[str, float]:
-        """Forward and backward over this rank's share of each objective, one after the other on all ranks; then one update by their sum."""
+    def _optimise(self, objectives: Sequence[Objective], started: float) -> dict[str, float]:
+        """Forward and backward over this rank's share of each objective, one after the other on all ranks; then one update by their sum.
+
+        Where the loss or the gradient is not finite the update is skipped on all ranks ("step/skipped" is 1) and only the schedule moves on.
+        """
         engine = self._current.engine
         batches = [(objective, *batch) for objective in objectives for batch in self._micro_batches(objective.rows, objective.packed)]
+        metrics: dict[str, float] = {}
         for place, (objective, numbers, micro) in enumerate(batches, start=1):
             logps_N = engine.score(micro)
             loss = objective.share(numbers, logps_N, micro) if numbers else zero_of(logps_N)
-            engine.backward(loss, last=place == len(batches))
-        total = 0.0
-        metrics: dict[str, float] = {}
+            is_last = place == len(batches)
+            if is_last:  # every row is scored: the whole loss is known before its gradient is
+                metrics = self._totals(objectives)
+            if is_last and not math.isfinite(metrics["loss"]):
+                loss = loss * math.nan  # then the gradient is not finite either, which is what the engine skips by
+            engine.backward(loss, last=is_last)
+        return self._finish_step(metrics, [row for objective in objectives for row in objective.rows], started)
+
+    def _totals(self, objectives: Sequence[Objective]) -> dict[str, float]:
+        """Loss and metrics of the whole batch, the same on every rank."""
+        found = {"loss": 0.0}
         for objective in objectives:
             self._summed(objective.logps)
             part, measured = objective.total()
-            total += float(part)
-            metrics |= measured
-        return self._finish_step(step, total, metrics, [row for objective in objectives for row in objective.rows], started)
+            found["loss"] += float(part)
+            found |= measured
+        return found
 
-    def _finish_step(self, step: int, loss: float, metrics: dict[str, float], rows: Sequence[Row], started: float) -> dict[str, float]:
-        """Refuse a broken loss before it reaches the weights, then update them."""
+    def _finish_step(self, metrics: dict[str, float], rows: Sequence[Row], started: float) -> dict[str, float]:
+        """Update the weights, and say how it went."""
         engine = self._current.engine
-        if not math.isfinite(loss):
-            raise RunFailed(f"the loss of step {step} is {loss}; lower the learning rate, or look at the pairs of this step")
         learning_rate = engine.learning_rate
         norm = engine.step()
         seconds = self._clock() - started
         tokens = sum(row.length for row in rows)
         return {
-            "loss": loss,
             **metrics,
             "grad_norm": norm,
             "learning_rate": learning_rate,
+            "step/skipped": float(not math.isfinite(norm)),
             "perf/tokens": float(tokens),
             "perf/tokens_per_s": tokens / seconds,
             "time/step": seconds,

@@ -72,6 +72,7 @@ class Manifest(BaseModel):
     sequence: int = Field(ge=1, description="Grows by one a commit; the newest is the one to resume from, whatever its step.")
     facts: dict[str, Any] = Field(description="What the driver needs to go on: stage, version and the like.")
     files: dict[str, FileEntry] = Field(description="Every other file by its path inside, forward slashes.")
+    seal: str = Field(default="", description="SHA-256 of all the rest as canonical JSON; empty in those written before there was one.")
 
     @property
     def num_bytes(self) -> int:
@@ -183,11 +184,15 @@ class CheckpointStore:
         """
         self._put_back()
         directories = self._directories()
-        for path, _ in sorted(self._listed(self._passed_over), key=lambda item: -item[1].sequence):
+        for place, (path, _) in enumerate(sorted(self._listed(self._passed_over), key=lambda item: -item[1].sequence)):
             try:
-                return self._verified(path)
+                found = self._verified(path)
             except _DamagedError as damage:
                 self._passed_over(path, damage)
+                continue
+            if place == 0:
+                self._finish_pointing(path.name)
+            return found
         if directories:
             raise CheckpointError(
                 f"none of the {len(directories)} checkpoints in {self._root} is intact; restore one, or set run_name= to start afresh"
@@ -218,7 +223,7 @@ class CheckpointStore:
         for path in paths:
             _sync(path)
         self._crash_point("ckpt.files_synced")
-        manifest = Manifest(
+        unsealed = Manifest(
             format=FORMAT,
             format_version=FORMAT_VERSION,
             run_id=self._run_id,
@@ -227,6 +232,7 @@ class CheckpointStore:
             facts=dict(facts),
             files={path.relative_to(tmp).as_posix(): FileEntry(size=path.stat().st_size, sha256=file_sha256(path)) for path in paths},
         )
+        manifest = unsealed.model_copy(update={"seal": _seal_of(unsealed.model_dump(mode="json"))})
         (tmp / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
         self._crash_point("ckpt.manifest_written")
         for path in (tmp / MANIFEST_NAME, *(item for item in tmp.rglob("*") if item.is_dir()), tmp):
@@ -253,6 +259,12 @@ class CheckpointStore:
         self._crash_point("ckpt.pointer_written")
         pointer.replace(self._root / POINTER_NAME)
         _sync(self._root)
+
+    def _finish_pointing(self, name: str) -> None:
+        """What a crash between the rename and the pointer left undone; people and the audit read the pointer."""
+        pointer = self._root / POINTER_NAME
+        if not pointer.is_file() or pointer.read_bytes() != f"{name}\n".encode():
+            self._point_to(name)
 
     def _put_back(self) -> None:
         """Undo a replacement that a crash cut between its two renames."""
@@ -293,6 +305,8 @@ class CheckpointStore:
             raise _DamagedError(f"it has no {MANIFEST_NAME}") from None
         except (OSError, ValueError):
             raise _DamagedError(f"{MANIFEST_NAME} cannot be read") from None
+        if isinstance(tree, dict) and tree.get("seal", "") not in ("", _seal_of(tree)):  # before it is called a stranger's: damage looks so too
+            raise _DamagedError(f"{MANIFEST_NAME} does not fit its seal")
         self._refuse_foreign(path, tree)
         try:
             return Manifest.model_validate(tree)
@@ -329,6 +343,12 @@ def _check_file(directory: Path, name: str, entry: FileEntry) -> None:
         raise _DamagedError(f"{name} has {path.stat().st_size} bytes instead of {entry.size}")
     if file_sha256(path) != entry.sha256:
         raise _DamagedError(f"{name} has another SHA-256")
+
+
+def _seal_of(tree: Mapping[str, Any]) -> str:
+    """What the seal of a manifest must be, whatever it is."""
+    rest = {name: value for name, value in tree.items() if name != "seal"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -68,14 +68,18 @@ def run_training(config: Config, resume: str = "auto") -> RunResult:
         with Recorder.open(config, directory) as recorder, ray_session(config, directory):
             for warning in warnings:
                 recorder.message(warning)
-            return asyncio.run(_run(config, directory, store, progress, checkpoint, recorder))
+            return asyncio.run(_run(config, directory, progress, checkpoint, recorder))
 
 
-async def _run(
-    config: Config, directory: RunDirectory, store: CheckpointStore, progress: Progress, checkpoint: Checkpoint | None, recorder: Recorder
-) -> RunResult:
+async def _run(config: Config, directory: RunDirectory, progress: Progress, checkpoint: Checkpoint | None, recorder: Recorder) -> RunResult:
     parts: list[Callable[[], Awaitable[None]]] = []
+    loop = asyncio.get_running_loop()
+
+    def warn(text: str) -> None:  # the store works in threads, the recorder in this one
+        loop.call_soon_threadsafe(recorder.message, text)
+
     try:
+        store = _store(config, directory, warn)
         run = await _assemble(config, directory, recorder, store, progress, checkpoint, parts)
         if checkpoint:
             recorder.message(f"resuming from {checkpoint.path.name}: stage {progress.stage}, step {progress.step}, version {progress.version}")

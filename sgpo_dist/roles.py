@@ -155,8 +155,8 @@ class Buffer(Protocol):
     async def lease(self, incarnation: int, worker_id: str, stage: Stage, limit: int) -> LeaseGrant:
         """At most ``limit`` leases, and only as many as the staleness bound has room for."""
 
-    async def renew(self, incarnation: int, worker_id: str) -> int:
-        """Heartbeat: extends the worker's leases; returns how many it still holds."""
+    async def renew(self, incarnation: int, worker_id: str, uids: Sequence[str]) -> int:
+        """Heartbeat: extends the leases that the worker names; returns how many of them it still holds."""
 
     async def put(self, incarnation: int, worker_id: str, outcomes: Sequence[Outcome]) -> PutReceipt:
         """Store outcomes; returns when they are durable. Idempotent by uid."""

@@ -17,7 +17,7 @@ from sgpo_dist.errors import CheckpointError
 from sgpo_dist.prompts import PromptBook
 from sgpo_dist.recorder import Recorder
 from sgpo_dist.records import Prompt, Stage
-from sgpo_dist.roles import Buffer, Fleet, Learner, LearnerStage, LossPlan, OptimiserPlan, Sampling
+from sgpo_dist.roles import Buffer, Fleet, GenerationTask, Learner, LearnerStage, LossPlan, OptimiserPlan, Sampling
 
 FINISHED = "finished"
 
@@ -73,7 +73,7 @@ class Faults:
 
 @dataclass(slots=True)
 class Run:
-    """All parts of one run. The workers hold version ``published``, the weights after step ``published_step`` of the run."""
+    """All parts of one run. The workers hold version ``published``, the weights after step ``published_step`` of the run; ``task`` is their last."""
 
     config: Config
     directory: Path
@@ -92,6 +92,7 @@ class Run:
     published: int = -1
     published_step: int = -1
     unpublished_steps: int = 0
+    task: GenerationTask | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     faults: Faults = field(default_factory=Faults)
 

@@ -45,6 +45,8 @@ FREE_TO_CHANGE: Final = (
     "rollout.heartbeat_timeout_s",
     "rollout.max_restarts",
     "learner.step_timeout_s",
+    "learner.max_restarts",
+    "learner.max_bad_steps",
     "improver.gate",
     "preference.brakes",
     "preference.health_steps",

@@ -24,9 +24,11 @@ CHUNK = 4096
 async def collect_apart(run: Run, improver_dir: str) -> None:
     """Make all pairs of the stage; returns when every prompt has its outcome, with the policy's weights on the workers again."""
     stage = run.learner_stage(run.stage, run.config.preference.total_steps)
-    keeper = asyncio.create_task(_keep_leases(run))
+    held: list[Lease] = []
+    keeper = asyncio.create_task(_keep(run, held))
     try:
         while leases := (await run.buffer.lease(run.incarnation, DRIVER, Stage.PREFERENCE, CHUNK)).leases:
+            held[:] = leases
             responses = await _ask(run, Role.POLICY, leases, [run.book.policy_ids(lease.prompt) for lease in leases])
             await run.learner.begin_stage(replace(stage, model_dir=improver_dir, reference_dir=None))
             await publish_weights(run, run.progress.version + 1)
@@ -65,8 +67,8 @@ def _outcome(run: Run, lease: Lease, response: Completion, refinement: Completio
     return make_outcome(lease, prompt_ids, response, unwrapped, run.book.improver_template, run.config.preference.pair_gate)
 
 
-async def _keep_leases(run: Run) -> None:
+async def _keep(run: Run, held: Sequence[Lease]) -> None:
     """Until cancelled: renew what the driver holds, thrice in the time it lasts."""
     while True:
         await asyncio.sleep(run.config.rollout.lease_s / 3)
-        await run.buffer.renew(run.incarnation, DRIVER)
+        await run.buffer.renew(run.incarnation, DRIVER, [lease.uid for lease in held])

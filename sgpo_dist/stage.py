@@ -115,11 +115,14 @@ def note_rebuilt(run: Run) -> None:
 
 
 def generation_task(run: Run, stage: Stage, edit_ratios: tuple[float, float] | None = None) -> GenerationTask:
-    """What the workers do with the stage's prompts. ``edit_ratios`` are the fences of preference pairs."""
+    """What the workers do with the stage's prompts. ``edit_ratios`` are the fences of preference pairs.
+
+    The same object as the last one when nothing differs: workers that are on it go on undisturbed when a stage is entered again.
+    """
     config, improver, preference = run.config, run.config.improver, run.config.preference
     revisers = dict(improver.reviser) if isinstance(improver.reviser, dict) else {"default": improver.reviser}
     made, workers = stage is Stage.PREFERENCE, config.rollout.num_rollout_workers
-    return GenerationTask(
+    task = GenerationTask(
         stage,
         run.incarnation,
         sampling(config.rollout.policy),
@@ -134,3 +137,5 @@ def generation_task(run: Run, stage: Stage, edit_ratios: tuple[float, float] | N
         endpoint=shared_among(improver.endpoint, workers),
         edit_ratios=edit_ratios,
     )
+    run.task = run.task if run.task == task else task
+    return run.task

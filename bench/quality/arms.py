@@ -90,7 +90,7 @@ _DPO = {
 }
 _ORDERS_REPAIR = {"improver.reviser": "repair", "improver.repair": "sgpo_dist.starter.orders:repair"}
 _DIRECT = {"improver.reviser": "reference", "improver.replay": "none"}
-_AGREEMENT = {"preference.agreement.draws": 3, "preference.agreement.margin": 3, "preference.agreement.vote": "equal"}
+_AGREEMENT = {"preference.agreement.draws": 3, "preference.agreement.margin": 2, "preference.agreement.vote": "equal"}
 
 _TAUGHT, _DRAFTED = (0, 16), (16, None)
 """References of the first SFT, and those whose drafts the improver repairs: on the former a model hardly errs any more."""

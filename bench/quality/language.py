@@ -125,6 +125,12 @@ def repair(draft: str, reference: str | None, prompt: str) -> str | None:
     return None if mended == " ".join(draft.split()) else mended
 
 
+def spoil(draft: str, reference: str | None, prompt: str) -> str | None:
+    """A broken reviser, for the gate: the draft with two of its words made wrong."""
+    del reference
+    return corrupt(draft, prompt, 2 / LENGTH) if draft.split() and len(draft.split()) == LENGTH else None
+
+
 def corrupt(answer: str, prompt: str, share: float, seed: int = 0) -> str:
     """The answer with ``share`` of its words (at least one) made wrong: a given weaker answer."""
     rng = random.Random(f"corrupt/{seed}/{prompt}/{answer}")

@@ -25,7 +25,7 @@ import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any, Final
 
@@ -65,6 +65,14 @@ class _Verdict(Enum):
     LATE = "late"
 
 
+class _Alignment(IntEnum):
+    """Whether ``base_version`` was tied to this incarnation's versions: not yet, for good, or to be looked at again at the next new step."""
+
+    NONE = 0
+    DONE = 1
+    REPLAYING = 2
+
+
 @dataclass(frozen=True, slots=True)
 class _OpenStage:
     """A row of ``stages``, as far as the rules need it."""
@@ -73,7 +81,7 @@ class _OpenStage:
     lease_s: float
     incarnation: int
     version: int
-    aligned: bool
+    alignment: _Alignment
     last_step: int
     admission: Admission
 
@@ -162,16 +170,16 @@ class Ledger:
             leases = tuple(self._grant(known, worker_id, columns) for columns in granted)
             return LeaseGrant(leases, exhausted=not leases and known.admission.exhausted(tally))
 
-    def renew(self, incarnation: int, worker_id: str, uids: Sequence[str] | None = None) -> int:
-        """Extend the deadlines of those leases of a worker that it names (None = of all); returns how many of them it holds.
+    def renew(self, incarnation: int, worker_id: str, uids: Sequence[str]) -> int:
+        """Extend the deadlines of those leases of a worker that it names; returns how many of them it holds.
 
-        A worker should name them: a grant whose answer was lost belongs to nobody, and must not live as long as its worker does.
+        It has to name them: a grant whose answer was lost belongs to nobody, and must not live as long as its worker does.
         """
         with self._transaction(incarnation):
             return self._db.execute(
                 "UPDATE orders SET deadline = ? + (SELECT lease_s FROM stages WHERE stages.stage = orders.stage)"
-                " WHERE state = 'leased' AND worker = ? AND (? OR uid IN (SELECT value FROM json_each(?)))",
-                (self._clock(), worker_id, uids is None, json.dumps(list(uids or ()))),
+                " WHERE state = 'leased' AND worker = ? AND uid IN (SELECT value FROM json_each(?))",
+                (self._clock(), worker_id, json.dumps(list(uids))),
             ).rowcount
 
     def give_back(self, incarnation: int, worker_id: str, *, crashed: bool = True) -> int:
@@ -272,7 +280,10 @@ class Ledger:
         )
 
     def backup(self, path: str | Path) -> None:
-        """A consistent copy as one file without a write-ahead log, complete on disk or absent."""
+        """A consistent copy as one file without a write-ahead log, complete on disk or absent.
+
+        The log is folded into the file itself too: whatever becomes of the log later, the file holds what the copy holds.
+        """
         final = Path(path)
         partial = final.with_name(final.name + ".partial")
         partial.unlink(missing_ok=True)
@@ -289,6 +300,7 @@ class Ledger:
             partial.replace(final)
             self._crash_point("ledger.backup.renamed")
             _sync(final.parent)
+            self._db.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
     # ---- transactions and rows --------------------------------------------------------------------------------------------------
 
@@ -332,7 +344,7 @@ class Ledger:
         lease_s, opened_by, version, aligned, last_step, *numbers = row
         if incarnation is not None and opened_by != incarnation:
             raise RunFailed(f"stage {stage} was opened by incarnation {opened_by}, not {incarnation}: call open_stage after a resume")
-        return _OpenStage(Stage(stage), lease_s, opened_by, version, bool(aligned), last_step, Admission(*numbers))
+        return _OpenStage(Stage(stage), lease_s, opened_by, version, _Alignment(aligned), last_step, Admission(*numbers))
 
     def _tally(self, stage: Stage) -> Tally:
         whole = {"waiting": 0, "assigned": 0, "trained": 0, "refused": 0}
@@ -556,15 +568,21 @@ class Ledger:
     # ---- forming batches --------------------------------------------------------------------------------------------------------
 
     def _align(self, known: _OpenStage, step: int) -> _OpenStage:
-        """Tie versions to steps at the first step of an incarnation, at recorded steps, and at the first new step after those."""
+        """Tie versions to steps at the first step of an incarnation, and again at the first new step after recorded ones.
+
+        In between a rebuilt learner walks the recorded steps: the bound stays where it was, whatever versions it publishes on its way.
+        """
         if not 1 <= step <= known.last_step + 1:
             raise RunFailed(f"stage {known.stage}: step {step} asked for, but the next one is {known.last_step + 1}; steps have no gaps")
-        if known.aligned and step > known.last_step:
+        is_new = step > known.last_step
+        if known.alignment is _Alignment.DONE and is_new:
             return known
-        base = known.version - (step - 1) // known.admission.weight_sync_interval
-        new = step > known.last_step
-        self._db.execute("UPDATE stages SET base_version = ?, aligned = ? WHERE stage = ?", (base, new, known.stage))
-        return replace(known, aligned=new, admission=replace(known.admission, base_version=base))
+        base = known.admission.base_version
+        if is_new or known.alignment is _Alignment.NONE:
+            base = known.version - (step - 1) // known.admission.weight_sync_interval
+        alignment = _Alignment.DONE if is_new else _Alignment.REPLAYING
+        self._db.execute("UPDATE stages SET base_version = ?, aligned = ? WHERE stage = ?", (base, alignment, known.stage))
+        return replace(known, alignment=alignment, admission=replace(known.admission, base_version=base))
 
     def _replay(self, stage: Stage, step: int) -> Batch:
         version, uids = self._db.execute("SELECT version, uids FROM journal WHERE stage = ? AND step = ?", (stage, step)).fetchone()

@@ -176,7 +176,9 @@ def mapped_errors(path: str) -> Iterator[None]:
     except (sqlite3.OperationalError, OSError) as problem:
         raise EnvironmentProblem(f"{path}: {problem}; check free disk space, write permission, and that nobody else holds it") from problem
     except sqlite3.DatabaseError as problem:
-        raise RunFailed(f"{path}: {problem}; put the buffer.db of the newest checkpoint in its place and resume") from problem
+        raise RunFailed(
+            f"{path}: {problem}; put the buffer.db of the newest checkpoint in its place, delete buffer.db-wal and buffer.db-shm, and resume"
+        ) from problem
 
 
 def _create_or_check(db: sqlite3.Connection, path: str) -> None:

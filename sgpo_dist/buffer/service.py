@@ -148,8 +148,8 @@ class PairBuffer:
         """At most ``limit`` leases, and only as many as the staleness bound has room for."""
         return await self._run(partial(self._ledger.lease, incarnation, worker_id, stage, limit))
 
-    async def renew(self, incarnation: int, worker_id: str, uids: Sequence[str] | None = None) -> int:
-        """Heartbeat: extends the worker's leases that it names (None = all); returns how many of them it still holds."""
+    async def renew(self, incarnation: int, worker_id: str, uids: Sequence[str]) -> int:
+        """Heartbeat: extends the leases that the worker names; returns how many of them it still holds."""
         return await self._run(partial(self._ledger.renew, incarnation, worker_id, uids))
 
     async def give_back(self, incarnation: int, worker_id: str, *, crashed: bool = True) -> int:

@@ -64,7 +64,7 @@ VERDICTS: Final = ("brake", "rolled_back", "improver_gate", "improver_check")
 """Events that judge the improver or the stage."""
 
 FAULTS: Final = re.compile(
-    r"attempt|lost|fault|restart|replaced|dead|hung|crash|quarantin|damaged|rebuilt|resum|stop|fail|poison", re.IGNORECASE
+    r"attempt|lost|fault|restart|replaced|dead|hung|crash|quarantin|damaged|rebuilt|resum|bad_step|stop|fail|poison", re.IGNORECASE
 )
 """Kinds of events that begin or end an attempt, or tell what went wrong in between."""
 

@@ -63,6 +63,11 @@ class LedgerMachine(RuleBasedStateMachine):
         self.step = self.version = max(0, self.step - back)
         self.ledger.open_stage(self.incarnation, PLAN, PROMPTS, self.version)
 
+    @rule(back=st.integers(0, 2))
+    def rebuild_learner(self, back: int) -> None:
+        """A new learner under the same driver: it trains recorded steps again and publishes nothing until it is past the newest version."""
+        self.step = max(0, self.step - back)
+
     @rule()
     def restart(self) -> None:
         self.ledger.close()
@@ -98,9 +103,12 @@ class LedgerMachine(RuleBasedStateMachine):
     def give_back(self, worker: str, crashed: bool) -> None:
         self.ledger.give_back(self.incarnation, worker, crashed=crashed)
 
-    @rule(worker=WORKERS, seconds=st.floats(0, 12))
-    def time_passes(self, worker: str, seconds: float) -> None:
-        self.ledger.renew(self.incarnation, worker)
+    @rule(worker=WORKERS, seconds=st.floats(0, 12), named=st.booleans())
+    def time_passes(self, worker: str, seconds: float, named: bool) -> None:
+        """``named``: the worker heard of its newest grant only; the others' answers were lost."""
+        mine = [lease.uid for incarnation, name, lease in self.granted if (incarnation, name) == (self.incarnation, worker)]
+        held = self.ledger.renew(self.incarnation, worker, mine[-1:] if named else mine)
+        assert held <= (1 if named else len(mine))
         self.now += seconds
         self.ledger.expire()
 
@@ -115,7 +123,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.batches.setdefault(answer.step, uids) == uids
         if not answer.replayed:
             assert all(0 <= self.version - pair.version <= STALENESS for pair in answer.pairs if pair.version <= self.version)
-        self.step = self.version = answer.step
+        self.step, self.version = answer.step, max(self.version, answer.step)
         self.ledger.advance(self.incarnation, STAGE, self.version)
 
     @rule()

@@ -90,7 +90,7 @@ def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
 )
 def test_a_strangers_checkpoint_is_refused(tmp_path: Path, field: str, value: object, words: str) -> None:
     manifest = save(store(tmp_path), 4) / MANIFEST_NAME
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), field: value}))
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), field: value, "seal": ""}))
     with pytest.raises(CheckpointError, match=words):
         store(tmp_path).latest()
 

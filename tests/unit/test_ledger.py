@@ -171,7 +171,7 @@ def test_every_write_of_an_earlier_incarnation_is_refused(open_desk):
     for write in (
         lambda: ledger.open_stage(old, desk.plan, desk.prompts, 0),
         lambda: ledger.lease(old, "w", STAGE, 1),
-        lambda: ledger.renew(old, "w"),
+        lambda: ledger.renew(old, "w", [lease.uid]),
         lambda: ledger.put(old, "w", [pair(lease)]),
         lambda: ledger.give_back(old, "w"),
         lambda: ledger.assign(old, STAGE, 1),
@@ -230,7 +230,7 @@ def test_an_expired_lease_goes_to_the_next_worker(open_desk):
     desk = open_desk()
     first = desk.lease(2)
     desk.clock.now += 9.9
-    assert desk.ledger.renew(desk.inc, "w") == 2
+    assert desk.ledger.renew(desk.inc, "w", [lease.uid for lease in first]) == 2
     desk.clock.now += 9.9
     assert desk.ledger.expire() == 0
     desk.clock.now += 0.1
@@ -238,7 +238,7 @@ def test_an_expired_lease_goes_to_the_next_worker(open_desk):
     assert [lease.uid for lease in again] == [lease.uid for lease in first]
     assert [lease.attempt for lease in again] == [2, 2]
     assert desk.counts().expired_leases == 2
-    assert desk.ledger.renew(desk.inc, "w") == 0
+    assert desk.ledger.renew(desk.inc, "w", [lease.uid for lease in first]) == 0
 
 
 def test_given_back_leases_come_again_in_prompt_order(open_desk):

@@ -77,7 +77,7 @@ class FakeBuffer:
     left: list[Lease]
     put_groups: list[list[Outcome]] = field(default_factory=list)
     given_back: list[bool] = field(default_factory=list)
-    renewals: int = 0
+    renewed: list[tuple[str, ...]] = field(default_factory=list)
     limits: list[int] = field(default_factory=list)
     fault: Exception | None = None
 
@@ -92,8 +92,8 @@ class FakeBuffer:
         self.put_groups.append(list(outcomes))
         return PutReceipt(len(outcomes), 0, 0)
 
-    async def renew(self, incarnation: int, worker_id: str) -> int:
-        self.renewals += 1
+    async def renew(self, incarnation: int, worker_id: str, uids: Sequence[str]) -> int:
+        self.renewed.append(tuple(sorted(uids)))
         return 0
 
     async def give_back(self, incarnation: int, worker_id: str, *, crashed: bool = True) -> int:
@@ -430,11 +430,13 @@ def test_a_fenced_worker_says_so() -> None:
 
 def test_leases_are_renewed_three_times_in_their_life() -> None:
     async def story() -> None:
-        w = world([lease("slow")], lease_s=0.06)
+        slow = lease("slow")
+        w = world([slow], lease_s=0.06)
         w.engine.gate = asyncio.Event()
         await w.worker.begin(task())
         await asyncio.sleep(0.11)
-        assert 3 <= w.buffer.renewals <= 6
+        assert 3 <= len(w.buffer.renewed) <= 6
+        assert set(w.buffer.renewed) == {(slow.uid,)}  # by name: a grant whose answer was lost must expire
         await w.worker.end()
 
     play(story())

@@ -1,0 +1,323 @@
+"""Chaos as arithmetic: which fault comes next, what shows that the run is over it, and what it cost.
+
+Called by ``saboteur``, which does to a live run what is drawn here, and by the command line, which shows the figures. Everything is pure: the
+faults are a function of a seed, an outcome is a function of the marks a run leaves (events, steps, stored outcomes). Leaves out: processes,
+signals and files (``saboteur``), and whether the ledger is sound (``buffer.audit``).
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from statistics import median
+from types import MappingProxyType
+from typing import Any, Final
+
+SHORTEST_PAUSE_S: Final = 2.0
+LONGEST_HICCUP_S: Final = 8.0
+LONGEST_HANG_S: Final = 120.0
+REFUSED: Final = 2
+"""Exit code of a second driver."""
+STOPPED: Final = 5
+"""Exit code after SIGTERM."""
+
+
+class Part(StrEnum):
+    """What a fault is done to."""
+
+    WORKER = "worker"
+    BUFFER = "buffer"
+    LEARNER = "learner"
+    DRIVER = "driver"
+    RIVAL = "rival"
+
+
+class Deed(StrEnum):
+    """What is done. FLIP and CUT damage the newest checkpoint while the driver that made it is dead."""
+
+    KILL = "kill"
+    PAUSE = "pause"
+    STOP = "stop"
+    FLIP = "flip"
+    CUT = "cut"
+    START = "start"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of fault. ``title`` begins the title of the processes that it may hit."""
+
+    deed: Deed
+    part: Part
+    title: str = ""
+
+
+KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
+    {
+        "kill-worker": Kind(Deed.KILL, Part.WORKER, "ray::RolloutActor"),
+        "kill-engine": Kind(Deed.KILL, Part.WORKER, "VLLM::EngineCore"),
+        "kill-engine-process": Kind(Deed.KILL, Part.WORKER, "VLLM::Worker"),
+        "pause-worker": Kind(Deed.PAUSE, Part.WORKER, "ray::RolloutActor"),
+        "pause-engine": Kind(Deed.PAUSE, Part.WORKER, "VLLM::EngineCore"),
+        "kill-buffer": Kind(Deed.KILL, Part.BUFFER, "ray::PairBuffer"),
+        "pause-buffer": Kind(Deed.PAUSE, Part.BUFFER, "ray::PairBuffer"),
+        "kill-learner": Kind(Deed.KILL, Part.LEARNER, "ray::RankHost"),
+        "pause-learner": Kind(Deed.PAUSE, Part.LEARNER, "ray::RankHost"),
+        "kill-driver": Kind(Deed.KILL, Part.DRIVER),
+        "stop-driver": Kind(Deed.STOP, Part.DRIVER),
+        "flip-checkpoint": Kind(Deed.FLIP, Part.DRIVER),
+        "cut-checkpoint": Kind(Deed.CUT, Part.DRIVER),
+        "second-driver": Kind(Deed.START, Part.RIVAL),
+    }
+)
+
+
+# ---- which fault comes next --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """``wait_s`` of undisturbed running, then a fault. ``victim`` and ``size`` in [0, 1) choose among what there is by then."""
+
+    wait_s: float
+    kind: str
+    victim: float
+    size: float
+
+
+def draw_faults(seed: int, every_s: float, kinds: Sequence[str]) -> Iterator[Fault]:
+    """Faults without end, one every ``every_s`` seconds of undisturbed running on average; each kind once before any comes again."""
+    draw = random.Random(seed)
+    while True:
+        for kind in draw.sample(kinds, len(kinds)):
+            yield Fault(draw.expovariate(1.0 / every_s), kind, draw.random(), draw.random())
+
+
+def pause_seconds(size: float, deadline_s: float | None) -> float:
+    """A hiccup of 2 to 8 s, but under half the deadline; for large ``size`` a hang past the deadline, where that is not too long to wait for.
+
+    ``deadline_s`` is when the run gives such a process up; None = never.
+    """
+    if deadline_s is not None and size >= 0.5 and 1.5 * deadline_s <= LONGEST_HANG_S:
+        return 1.5 * deadline_s
+    hiccup = SHORTEST_PAUSE_S + (2.0 * size % 1.0) * (LONGEST_HICCUP_S - SHORTEST_PAUSE_S)
+    return hiccup if deadline_s is None else min(hiccup, deadline_s / 2.0)
+
+
+# ---- what a run leaves, and what it shows ------------------------------------------------------------------------------------------
+
+STEP: Final = "step"
+STORED: Final = "stored"
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """An event of events.jsonl by its kind; STEP, a row of metrics.jsonl; or STORED: ``count`` outcomes were seen in the database. Unix time."""
+
+    time: float
+    kind: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Injected:
+    """A fault that was done, at ``time`` and, a pause, until ``until``. ``stored`` outcomes were in the database then.
+
+    ``detail`` names what a number cannot: the damaged file. ``code`` is the exit code of the driver that a fault ended or started.
+    """
+
+    number: int
+    kind: str
+    time: float
+    until: float
+    pid: int
+    stored: int
+    detail: str = ""
+    code: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a fault. ``ok`` is False when the run went on, but not as it must."""
+
+    what: str
+    recovered_at: float
+    ok: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A fault and its outcome; None while there is none."""
+
+    fault: Injected
+    outcome: Outcome | None = None
+
+    @property
+    def recovery_s(self) -> float | None:
+        """Seconds from the fault to the mark that shows the recovery."""
+        return None if self.outcome is None else self.outcome.recovered_at - self.fault.time
+
+
+def is_steady(marks: Sequence[Mark], workers: int) -> bool:
+    """Whether the driver of the moment has published, all its workers live and its learner is not lost."""
+    current = _this_attempt(marks)
+    live: set[str] = set()
+    learner_lost = published = False
+    for mark in current:
+        if mark.kind == "worker_started":
+            live.add(mark.fields["worker"])
+        elif mark.kind == "worker_lost":
+            live.discard(mark.fields["worker"])
+        elif mark.kind in ("learner_lost", "learner_rebuilt"):
+            learner_lost = mark.kind == "learner_lost"
+        published = published or mark.kind == "version_published"
+    return published and not learner_lost and len(live) == workers
+
+
+def _this_attempt(marks: Sequence[Mark]) -> Sequence[Mark]:
+    starts = [place for place, mark in enumerate(marks) if mark.kind == "attempt"]
+    return marks[starts[-1] :] if starts else ()
+
+
+def outcome_of(fault: Injected, marks: Iterable[Mark]) -> Outcome | None:
+    """What the run's marks, in time order, say about a fault; None while they do not show that it is over."""
+    later = [mark for mark in marks if mark.time >= fault.time]
+    return _SIGNS[KINDS[fault.kind].part](fault, later) or _done_first(later)
+
+
+def _worker(fault: Injected, later: Sequence[Mark]) -> Outcome | None:
+    return _replaced(later, "worker_lost", "worker_started", "worker replaced") or _went_on(fault, later, "worker_lost")
+
+
+def _learner(fault: Injected, later: Sequence[Mark]) -> Outcome | None:
+    return _replaced(later, "learner_lost", "learner_rebuilt", "learner rebuilt") or _went_on(fault, later, "learner_lost")
+
+
+def _replaced(later: Sequence[Mark], loss: str, mending: str, what: str) -> Outcome | None:
+    return _at(_first_after(later, loss, mending), what)
+
+
+def _went_on(fault: Injected, later: Sequence[Mark], lost: str) -> Outcome | None:
+    """A pause too short to be taken for a loss: the run moved after it."""
+    if KINDS[fault.kind].deed is not Deed.PAUSE or _first(later, lost):
+        return None
+    return _at(_moved(fault, later), "went on")
+
+
+def _buffer(fault: Injected, later: Sequence[Mark]) -> Outcome | None:
+    what = "went on" if KINDS[fault.kind].deed is Deed.PAUSE else "buffer back on its file"
+    return _at(_moved(fault, later), what)
+
+
+def _moved(fault: Injected, later: Sequence[Mark]) -> Mark | None:
+    """More outcomes in the database than when it happened, or the second step after it: the first one may have been over but for its row."""
+    after = [mark for mark in later if mark.time >= fault.until]
+    stored = next((mark for mark in after if mark.kind == STORED and mark.fields["count"] > fault.stored), None)
+    second = [mark for mark in after if mark.kind == STEP][1:2]
+    found = [mark for mark in (stored, *second) if mark is not None]
+    return min(found, key=lambda mark: mark.time, default=None)
+
+
+def _driver(fault: Injected, later: Sequence[Mark]) -> Outcome | None:
+    published = _first_after(later, "attempt", "version_published")
+    if published is None:
+        return None
+    if not fault.detail:
+        return Outcome("driver resumed", published.time)
+    name = fault.detail.split("/", 1)[0]
+    warned = any(mark.kind == "message" and f"{name} is damaged" in str(mark.fields.get("text")) for mark in later)
+    return Outcome("fell back, and said so" if warned else f"resumed without a word about {fault.detail}", published.time, ok=warned)
+
+
+def _rival(fault: Injected, later: Sequence[Mark]) -> Outcome | None:
+    """A second driver ends by itself; the doer notes when (``until``) and how (``code``)."""
+    if fault.code == REFUSED and not _first(later, "attempt"):
+        return Outcome("refused", fault.until)
+    return Outcome("not refused" if fault.code is None else f"ended with exit code {fault.code}", fault.until, ok=False)
+
+
+_SIGNS: Final = {Part.WORKER: _worker, Part.LEARNER: _learner, Part.BUFFER: _buffer, Part.DRIVER: _driver, Part.RIVAL: _rival}
+
+
+def _done_first(later: Sequence[Mark]) -> Outcome | None:
+    """The run reached its end before anything had to be mended."""
+    end = next((mark for mark in later if mark.kind == "attempt_ended" and mark.fields.get("reason") == "done"), None)
+    return _at(end, "the run was done first")
+
+
+def _at(mark: Mark | None, what: str) -> Outcome | None:
+    return None if mark is None else Outcome(what, mark.time)
+
+
+def _first(marks: Iterable[Mark], kind: str) -> Mark | None:
+    return next((mark for mark in marks if mark.kind == kind), None)
+
+
+def _first_after(marks: Sequence[Mark], cause: str, kind: str) -> Mark | None:
+    """The first mark of a kind after the first of another."""
+    place = next((place for place, mark in enumerate(marks) if mark.kind == cause), len(marks))
+    return _first(marks[place:], kind)
+
+
+# ---- what it cost ------------------------------------------------------------------------------------------------------------------
+
+
+def stalls_everything(kind: str, workers: int) -> bool:
+    """Whether a fault of this kind hits a part of which there is one: the driver, the buffer, the learner, the only rollout worker."""
+    part = KINDS[kind].part
+    return part is not Part.RIVAL and (part is not Part.WORKER or workers == 1)
+
+
+def useful_share(records: Sequence[Record], workers: int, wall_s: float) -> float:
+    """ETTR: 1 - (seconds from fault to recovery, of the faults that stall everything) / ``wall_s``, in [0, 1]. Faults must not overlap.
+
+    A lower bound where other parts go on meanwhile (workers generate while the learner is rebuilt); what is trained again after a
+    recovery counts as useful here and is counted apart (``steps_repeated``).
+    """
+    lost = sum(record.recovery_s or 0.0 for record in records if stalls_everything(record.fault.kind, workers))
+    return max(0.0, 1.0 - lost / wall_s) if wall_s > 0 else 0.0
+
+
+def steps_repeated(marks: Iterable[Mark]) -> int:
+    """Steps that were trained more than once because what followed the last checkpoint was lost."""
+    steps = [(mark.fields["stage"], mark.fields["step"]) for mark in marks if mark.kind == STEP]
+    return len(steps) - len(set(steps))
+
+
+def memory_span(samples: Sequence[int]) -> tuple[int, int]:
+    """Median of the first and of the last third of samples in bytes; (0, 0) without samples."""
+    if not samples:
+        return 0, 0
+    third = max(1, len(samples) // 3)
+    return int(median(samples[:third])), int(median(samples[-third:]))
+
+
+def table_lines(records: Sequence[Record]) -> list[list[str]]:
+    """A header, and one line a kind in the order of KINDS: how often, what became of it, median and worst seconds to recover."""
+    lines = [["fault", "what happened", "count", "recovered after", "worst"]]
+    for kind in KINDS:
+        mine = [record for record in records if record.fault.kind == kind]
+        if mine:
+            times = [record.recovery_s for record in mine if record.recovery_s is not None]
+            seconds = [f"{value:.1f} s" for value in (median(times), max(times))] if times else ["-", "-"]
+            lines.append([kind, _happened(mine), str(len(mine)), *seconds])
+    return lines
+
+
+def _happened(records: Sequence[Record]) -> str:
+    counts = Counter(record.outcome.what if record.outcome else "not recovered" for record in records)
+    return ", ".join(what if count == len(records) else f"{what} {count}" for what, count in counts.items())
+
+
+def problems_of(records: Iterable[Record]) -> list[str]:
+    """One line for each fault that the run did not get over as it must."""
+    found = []
+    for record in records:
+        if record.outcome is None:
+            found.append(f"fault {record.fault.number} ({record.fault.kind}): not recovered")
+        elif not record.outcome.ok:
+            found.append(f"fault {record.fault.number} ({record.fault.kind}): {record.outcome.what}")
+    return found
