@@ -13,6 +13,8 @@ from bench.quality.tiny_model import END, TEMPLATE, UNKNOWN, TinyModel, build_to
 from sgpo_dist.prompts import PromptBook, load_tokenizer
 from sgpo_dist.records import Message, Prompt
 
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+
 TEXT = "bam dok fel gin hup jas kev lor"
 PROMPT = Prompt("p", (Message("user", TEXT),), "bama doka fela gina hupa jasa keva lora")
 SMALLEST = TinyModel(rows=32, batch_size=16, epochs=1, num_layers=1)
