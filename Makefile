@@ -9,7 +9,7 @@ export PYTHONDONTWRITEBYTECODE :=
 # An interpreter other than python3: make setup PYTHON=python3.12. The set with CUDA: make setup TARGET=gpu
 export PYTHON TARGET
 
-.PHONY: help setup setup-dev demo test test-unit test-faults test-integration check chaos bench docs lock clean distclean
+.PHONY: help setup setup-dev demo test test-unit test-faults test-integration test-chaos chaos check bench docs lock clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test-faults: setup-dev ## ten thousand seeded schedules, and kills at every name
 
 test-integration: setup-dev ## tests on real Ray, vLLM and DeepSpeed; ARGS="-k resume" picks some
 	$(PYTEST) tests/integration $(ARGS)
+
+test-chaos: setup-dev ## one fault each of six kinds on a real run (minutes); not a part of `make test`
+	$(PYTEST) tests/chaos
 
 chaos: setup ## train while parts of the run are killed, stopped and damaged, then audit it; ARGS="--seed 7 --minutes 30"
 	$(VENV)/python -m sgpo_dist chaos --config examples/smoke.yaml run_name=storm-$$(date +%Y%m%d-%H%M%S) \

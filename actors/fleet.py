@@ -326,13 +326,16 @@ class RayFleet:
         if self._live.get(member.index) is not member:
             return  # somebody else saw it first
         del self._live[member.index]
-        await self._bury(member.worker, reason)
-        if member.index < self._count:
+        self._end(member.worker, reason)
+        if member.index < self._count:  # before anything is awaited: whoever waits for the fleet must find somebody being started
             self._rebuild(member.index, self._pause_after_crash(member.worker, reason))
+        await self._return_leases(member.worker)
 
-    async def _bury(self, worker: Worker, reason: str) -> None:
+    def _end(self, worker: Worker, reason: str) -> None:
         self._on_event("worker_lost", worker=worker.worker_id, reason=reason)
         worker.kill()
+
+    async def _return_leases(self, worker: Worker) -> None:
         if self._task is not None:
             await self._buffer.give_back(self._task.incarnation, worker.worker_id, crashed=True)
 
@@ -368,7 +371,8 @@ class RayFleet:
                 if not self._worth_another(problem):
                     member.worker.kill()
                     raise
-                await self._bury(member.worker, _reason(problem))
+                self._end(member.worker, _reason(problem))
+                await self._return_leases(member.worker)
                 delay = self._pause_after_crash(member.worker, _reason(problem))
             except asyncio.CancelledError:
                 member.worker.kill()

@@ -94,6 +94,14 @@ class FakeBuffer:
 
 
 @dataclass
+class SlowToTakeBack(FakeBuffer):
+    async def give_back(self, incarnation: int, worker_id: str, *, crashed: bool = True) -> int:
+        for _ in range(50):  # long enough for everybody else to look
+            await asyncio.sleep(0)
+        return await super().give_back(incarnation, worker_id, crashed=crashed)
+
+
+@dataclass
 class World:
     """A fleet whose n-th launched worker follows ``plans[n]`` (or none)."""
 
@@ -239,6 +247,31 @@ def test_when_nobody_proves_a_version_the_first_rebuilt_worker_is_waited_for() -
         w.workers[0].plan["receive"] = FAULT
         proofs = await w.fleet.publish(bundle(2))
         assert [(proof.worker_id, proof.version) for proof in proofs] == [("rollout-0.7.2", 2)]
+
+    play(story())
+
+
+def test_a_version_that_meets_the_only_worker_s_replacement_waits_for_its_successor() -> None:
+    """Its heartbeat failed, its leases are on their way back, and the kill has just ended its ``receive``: somebody is being started."""
+
+    async def story() -> None:
+        w = World()
+        slow = SlowToTakeBack(w.diary)
+        w.fleet._buffer = slow
+        await w.fleet.start(1)
+        await w.fleet.begin(TASK)
+        worker, killed = w.workers[0], asyncio.Event()
+
+        async def receive(_: WeightBundle) -> WeightProof:
+            await killed.wait()
+            raise FAULT
+
+        worker.receive, worker.kill = receive, killed.set  # type: ignore[method-assign]
+        worker.plan["heartbeat"] = FAULT
+        watch = asyncio.create_task(w.fleet.supervise())
+        proofs = await w.fleet.publish(bundle(2))
+        assert [(proof.worker_id, proof.version) for proof in proofs] == [("rollout-0.7.2", 2)]
+        watch.cancel()
 
     play(story())
 
