@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
@@ -28,6 +27,7 @@ from actors.vllm_engine import EngineSpec, VllmEngine, engine_environment
 from sgpo_dist.config import PairGateConfig
 from sgpo_dist.errors import EnvironmentProblem, RunFailed, SgpoError, WeightSyncError, WorkerFault
 from sgpo_dist.pair_gate import make_outcome
+from sgpo_dist.processes import kill_exactly
 from sgpo_dist.prompts import PromptBook, load_tokenizer
 from sgpo_dist.records import Completion, Outcome
 from sgpo_dist.roles import Buffer, GenerateRequest, GenerationTask, Lease, WorkerStats
@@ -503,7 +503,7 @@ class RayWorker:
         """Ray kills the actor and its engine follows; on this machine all are also killed by number, which reaches a stopped one."""
         ray.kill(self.handle, no_restart=True)
         for pid, created in self.processes:
-            _kill_exactly(pid, created)
+            kill_exactly(pid, created)
 
     def last_words(self) -> str:
         """The last lines of its log, each on a line of its own."""
@@ -622,12 +622,3 @@ def tail(path: Path, lines: int = TAIL_LINES) -> str:
     except OSError:
         return ""
     return "".join(f"\n    {line}" for line in text.splitlines()[-lines:])
-
-
-def _kill_exactly(pid: int, created: float) -> None:
-    """SIGKILL a process unless its number belongs to another one by now."""
-    try:
-        if abs(psutil.Process(pid).create_time() - created) < 1.0:
-            os.kill(pid, signal.SIGKILL)
-    except (psutil.NoSuchProcess, ProcessLookupError):
-        return

@@ -122,6 +122,10 @@ class RemoteBuffer:
         """A checkpoint holds everything up to ``step``."""
         return int(await self._call("commit", incarnation, stage, step))
 
+    async def restore(self, incarnation: int, stage: Stage, step: int) -> int:
+        """The run goes on from a checkpoint of ``step``."""
+        return int(await self._call("restore", incarnation, stage, step))
+
     async def pairs(self, stage: Stage) -> list[PreferencePair]:
         """All pairs of a stage in prompt order."""
         return list(await self._call("pairs", stage))

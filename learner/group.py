@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import signal
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from sgpo_dist.config import LearnerConfig, ModelConfig
 from sgpo_dist.errors import EnvironmentProblem, SgpoError, WorkerFault
+from sgpo_dist.processes import kill_exactly
 from sgpo_dist.records import PreferencePair, TokenExample
 from sgpo_dist.roles import LearnerStage, Metrics
 from sgpo_dist.weights.version import ProbeRow, WeightBundle
@@ -238,7 +238,7 @@ class LearnerGroup:
         for rank in self._ranks:
             ray.kill(rank)
         for pid, created in self._processes:
-            _kill_exactly(pid, created)
+            kill_exactly(pid, created)
         self._ranks, self._processes, self._linked, self._is_lost = [], [], (), False
 
     async def _call(self, method: str, *arguments: Any) -> list[Any]:
@@ -291,15 +291,6 @@ def _actor_options(spec: GroupSpec) -> dict[str, Any]:
         "max_task_retries": 0,
         "runtime_env": {"env_vars": environment | dict(spec.environment)},
     }
-
-
-def _kill_exactly(pid: int, created: float) -> None:
-    """SIGKILL a process unless its number belongs to another one by now."""
-    try:
-        if abs(psutil.Process(pid).create_time() - created) < 1.0:
-            os.kill(pid, signal.SIGKILL)
-    except (psutil.NoSuchProcess, ProcessLookupError):
-        return
 
 
 def _first_line(problem: BaseException) -> str:

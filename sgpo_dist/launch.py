@@ -33,7 +33,7 @@ from sgpo_dist.errors import ConfigError, DataError, EnvironmentProblem
 from sgpo_dist.prompts import PromptBook, load_tokenizer
 from sgpo_dist.recorder import Recorder
 from sgpo_dist.report.model_card import model_card
-from sgpo_dist.run import FINISHED, Progress, Run
+from sgpo_dist.run import FINISHED, Progress, Run, settled_by
 from sgpo_dist.run_directory import RunDirectory
 from sgpo_dist.story import train
 from sgpo_dist.weights.version import ProbeRow
@@ -115,6 +115,8 @@ async def _assemble(
     start_model = initial_model if progress.stage == config.stages[0] else directory.stage_model(_stage_before(config, progress.stage))
     placement = place(config)
     handle, incarnation = await _start_buffer(directory, parts)
+    for stage, step in settled_by(checkpoint.facts) if checkpoint is not None else ():
+        await RemoteBuffer(handle).restore(incarnation, stage, step)
     probes = probe_rows(corpus, book, config.weights.num_probes)
     fleet = RayFleet(fleet_spec(config, directory, placement, probes, start_model), handle, recorder.event)
     parts.append(fleet.stop)

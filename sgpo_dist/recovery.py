@@ -15,7 +15,7 @@ from typing import Final
 
 from sgpo_dist.checkpoint import Checkpoint
 from sgpo_dist.errors import RunFailed, WorkerFault
-from sgpo_dist.run import Progress, Run
+from sgpo_dist.run import Progress, Run, settled_by
 from sgpo_dist.separate_improver import DRIVER
 
 LEARNER: Final = "learner"
@@ -36,6 +36,8 @@ async def go_back(run: Run, fault: WorkerFault) -> None:
     _refuse_a_loop(run, fault)
     checkpoint = await asyncio.to_thread(run.store.latest)
     saved = _saved_progress(run, fault, checkpoint)
+    for stage, step in settled_by(checkpoint.facts) if checkpoint is not None else [(run.stage, 0)]:
+        await run.buffer.restore(run.incarnation, stage, step)
     run.recorder.message(f"the learner was lost ({fault.reason}); it is rebuilt on step {saved.step} of stage {saved.stage}")
     run.restored_from = checkpoint.path if checkpoint is not None else None
     run.progress = replace(saved, version=version_to_go_on_with(run, saved))

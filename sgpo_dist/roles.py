@@ -176,6 +176,9 @@ class Buffer(Protocol):
     async def commit(self, incarnation: int, stage: Stage, step: int) -> int:
         """A checkpoint holds everything up to ``step``: those rows are trained. Returns how many changed."""
 
+    async def restore(self, incarnation: int, stage: Stage, step: int) -> int:
+        """The run goes on from a checkpoint that holds everything up to ``step``: rows of later steps are assigned again, to be replayed."""
+
     async def pairs(self, stage: Stage) -> list[PreferencePair]:
         """All pairs of a stage in prompt order."""
 

@@ -48,6 +48,13 @@ class Progress:
             raise CheckpointError(f"the checkpoint's manifest lacks the run's progress ({problem}); start a new run_name") from None
 
 
+def settled_by(facts: Mapping[str, Any]) -> list[tuple[Stage, int]]:
+    """(stage, step) up to which rows count as trained on a checkpoint with these facts: of the stage that it ended, and of the one in progress."""
+    places = [facts["settled"]] if "settled" in facts else []
+    places += [(facts["stage"], facts["step"])] if facts["stage"] != FINISHED else []
+    return [(Stage(stage), int(step)) for stage, step in places]
+
+
 @dataclass(slots=True)
 class StopRequest:
     """Set by a signal, read between steps. ``reason`` is empty while nobody asked."""

@@ -71,7 +71,7 @@ async def save_checkpoint(run: Run, settled: Stage, step: int) -> None:
     if run.progress.step:  # at a stage's start the exported model of the stage before is all there is to keep
         await run.learner.save(str(draft / "learner"))
     await run.buffer.backup(str(draft / "buffer.db"))
-    await asyncio.to_thread(run.store.commit, draft, run.progress.global_step, run.progress.facts())
+    await asyncio.to_thread(run.store.commit, draft, run.progress.global_step, run.progress.facts() | {"settled": [settled.value, step]})
     await run.buffer.commit(run.incarnation, settled, step)
     run.faults.losses = 0
     await asyncio.to_thread(run.store.prune)

@@ -239,6 +239,19 @@ class Ledger:
                 "UPDATE orders SET state = 'trained' WHERE state = 'assigned' AND stage = ? AND step <= ?", (stage, covered)
             ).rowcount
 
+    def restore(self, incarnation: int, stage: Stage, step: int) -> int:
+        """The run goes on from a checkpoint that holds everything up to ``step``: rows of later steps are assigned again, to be replayed.
+
+        Returns how many rows changed. A checkpoint that came after this one was damaged, or a kill fell between a checkpoint and its commit.
+        """
+        with self._transaction(incarnation, "commit"):
+            self._db.execute("UPDATE stages SET committed_step = MIN(?, last_step) WHERE stage = ?", (step, stage))
+            return self._db.execute(
+                "UPDATE orders SET state = CASE WHEN step > ? THEN 'assigned' ELSE 'trained' END"
+                " WHERE stage = ? AND (state = 'trained' AND step > ? OR state = 'assigned' AND step <= ?)",
+                (step, stage, step, step),
+            ).rowcount
+
     # ---- reading ----------------------------------------------------------------------------------------------------------------
 
     def settled(self, stage: Stage) -> bool:

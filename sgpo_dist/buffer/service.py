@@ -115,6 +115,10 @@ class PairBuffer:
         """A checkpoint holds everything up to ``step``: those rows are trained."""
         return await self._run(partial(self._ledger.commit, incarnation, stage, step))
 
+    async def restore(self, incarnation: int, stage: Stage, step: int) -> int:
+        """The run goes on from a checkpoint of ``step``: rows of later steps are assigned again."""
+        return await self._run(partial(self._ledger.restore, incarnation, stage, step))
+
     async def wait_exhausted(self, stage: Stage, timeout_s: float = WAIT_TIMEOUT_S) -> None:
         """Returns once every prompt has its outcome, or ``max_pairs`` are stored. Woken by puts and returned leases; looks again each tick.
 

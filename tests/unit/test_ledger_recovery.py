@@ -86,3 +86,17 @@ def test_a_learner_built_anew_may_number_what_it_trains_again(desk: Desk) -> Non
     desk.ledger.assign(desk.inc, STAGE, 5)
     assert desk.ledger.counts(STAGE).stale == 4  # made before the ledger knew that version 5 belongs to step 4 now
     assert len(desk.ledger.lease(desk.inc, "w", STAGE, 9).leases) == 2
+
+
+def test_a_run_that_goes_on_from_an_older_checkpoint_replays_what_a_newer_one_had_settled(desk: Desk) -> None:
+    for step in (1, 2, 3):
+        desk.train(step)
+        desk.ledger.advance(desk.inc, STAGE, step)
+    desk.ledger.commit(desk.inc, STAGE, 3)
+    before = desk.ledger.counts(STAGE)
+    moved = desk.ledger.restore(desk.inc, STAGE, 1)
+    after = desk.ledger.counts(STAGE)
+    assert moved == before.trained - after.trained == after.assigned - before.assigned > 0
+    assert desk.ledger.assign(desk.inc, STAGE, 2).replayed
+    assert desk.ledger.restore(desk.inc, STAGE, 3) == moved  # and forward again: a kill fell between a checkpoint and its commit
+    assert desk.ledger.counts(STAGE) == before
