@@ -38,7 +38,8 @@ class Unavailable(WorkerFault):
 async def call(ref: Awaitable[T], role: str, timeout: float) -> T:
     """The result of a remote call, within ``timeout`` seconds. Raises WorkerFault for a lost or hung actor, our own errors as they were."""
     try:
-        return await asyncio.wait_for(ref, timeout)
+        async with asyncio.timeout(timeout):  # not wait_for: before Python 3.12 that swallows a cancellation which meets the answer
+            return await ref
     except (exceptions.RayError, SgpoError) as problem:  # before TimeoutError: what timed out over there is Ray's error here
         raise mapped(problem, role) from None
     except TimeoutError:

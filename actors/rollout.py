@@ -295,8 +295,9 @@ def _drained(queue: asyncio.Queue[Outcome]) -> list[Outcome]:
 
 
 async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancel and wait; a cancelled generation is aborted in the engine."""
-    pending = list(tasks)
-    for task in pending:
-        task.cancel()
-    await asyncio.gather(*pending, return_exceptions=True)
+    """Cancel and wait; a cancelled generation is aborted in the engine. Asked again each second: a library may swallow a cancellation."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=1.0)

@@ -86,6 +86,9 @@ class SftConfig(Section):
     epochs: Positive = Field(1, description="Passes over the rows with references.")
     learning_rate: float = Field(2e-5, gt=0, description="Peak learning rate.")
     train_batch_size: Positive = Field(8, description="Rows per optimiser step.")
+    max_rows: Positive | None = Field(
+        None, description="Train on so many rows only; the improver stage then drafts on the others, where drafts still have faults."
+    )
     packing: bool = Field(False, description="Pack short rows into shared sequences (exact; for GPUs, padding is faster on a CPU).")
     schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="After the warm-up.")
     warmup_ratio: Share = Field(0.1, description="Share of the steps that warm up.")
@@ -150,6 +153,7 @@ class ImproverConfig(Section):
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="After the warm-up.")
     warmup_ratio: Share = Field(0.1, description="Share of the steps that warm up.")
     replay: Literal["self", "reference", "none"] = Field("reference", description="Policy rows mixed 1:1: its own drafts, the references, or none.")
+    keep_ratio: float = Field(0.0, ge=0, description="Rows that teach to leave a good draft alone, per revision; from drafts without a fault.")
     edit_weight: float = Field(1.0, gt=0, description="Weight of a revision's tokens that differ from the draft, in the improver's loss; 1 = none.")
     blend_budget: Share = Field(0.5, description="Reviser 'blend': share of the draft's sentences that may be replaced.")
     filter: FilterConfig = Field(default_factory=FilterConfig, description="Sanity filters of the revisions.")
@@ -300,8 +304,6 @@ class CheckpointConfig(Section):
     save_steps: Positive = Field(25, description="Optimiser steps between checkpoints (stage ends always save).")
     keep_last: Positive = Field(2, description="Newest checkpoints kept.")
     keep_every: int = Field(0, ge=0, description="Also keep every checkpoint whose step is a multiple; 0 = none.")
-    stop_after_minutes: float | None = Field(None, gt=0, description="Checkpoint and stop (exit 5) after so much wall-clock time; null = never.")
-    copy_to: str = Field("", description="A second place for checkpoints, as fsspec names it (a path, s3://...); copied in the background.")
 
 
 class LoggingConfig(Section):

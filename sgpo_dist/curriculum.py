@@ -18,7 +18,7 @@ from sgpo_dist.config import FilterConfig
 from sgpo_dist.errors import RunFailed
 from sgpo_dist.evaluate.scoring import checked_score
 from sgpo_dist.prompts import PromptBook
-from sgpo_dist.records import PreferencePair, Prompt, Stage, TokenExample, outcome_uid
+from sgpo_dist.records import FinishReason, PreferencePair, Prompt, Refusal, RefusalReason, Stage, TokenExample, outcome_uid
 from sgpo_dist.textual import edit_ratio, length_ratio, quartile_fences
 from sgpo_dist.user_function import load_function
 
@@ -101,6 +101,21 @@ def improver_examples(pairs: Sequence[PreferencePair], book: PromptBook, edit_we
             token_weights=() if edit_weight == 1.0 else _edit_weights(pair, edit_weight),
         )
         for pair in pairs
+    ]
+
+
+def keep_examples(
+    refusals: Sequence[Refusal], prompts: Mapping[str, Prompt], book: PromptBook, count: int, seed: int
+) -> list[TokenExample]:
+    """At most ``count`` rows IMPROVE(prompt, draft) -> the same draft, of drafts that ended and had nothing to repair, drawn by ``seed``.
+
+    An improver that is taught on repairs alone changes every draft, right ones too.
+    """
+    good = [(refusal, refusal.response) for refusal in refusals if refusal.reason is RefusalReason.NOTHING_TO_REPAIR]
+    whole = [(refusal, draft) for refusal, draft in good if draft is not None and draft.finish_reason is FinishReason.STOP]
+    drawn = random.Random(f"{seed}/keep").sample(whole, min(count, len(whole)))
+    return [
+        TokenExample(f"keep/{refusal.uid}", book.improver_ids(prompts[refusal.prompt_id], draft.text), draft.token_ids) for refusal, draft in drawn
     ]
 
 

@@ -173,6 +173,10 @@ def require_rows(config: Config, corpus: Corpus) -> None:
         raise DataError(
             f"stage '{needs_references[0]}' needs rows with a reference and data.path has none; add a 'reference' column or leave the stage out"
         )
+    if {"sft", "improver"} <= set(config.stages) and config.sft.max_rows is not None and config.sft.max_rows >= len(corpus.references):
+        raise DataError(
+            f"sft.max_rows {config.sft.max_rows} leaves none of the {len(corpus.references)} references to the improver stage; lower it"
+        )
     preference = config.preference
     prompts = corpus.references if config.pairs_need_references else corpus.prompts
     tries = len(prompts) * preference.samples_per_prompt * preference.ladder * preference.epochs

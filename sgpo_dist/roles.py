@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sgpo_dist.config import AgreementConfig, EndpointConfig, JudgeConfig
-from sgpo_dist.records import Completion, FinishReason, Outcome, PreferencePair, Prompt, Stage, TokenExample
+from sgpo_dist.records import Completion, FinishReason, Outcome, PreferencePair, Prompt, Refusal, Stage, TokenExample
 from sgpo_dist.weights.version import ProbeRow, WeightBundle, WeightProof
 
 Metrics = Mapping[str, float]
@@ -181,6 +181,9 @@ class Buffer(Protocol):
 
     async def pairs(self, stage: Stage) -> list[PreferencePair]:
         """All pairs of a stage in prompt order."""
+
+    async def refusals(self, stage: Stage) -> list[Refusal]:
+        """All refusals of a stage in prompt order."""
 
     async def wait_exhausted(self, stage: Stage) -> None:
         """Returns once every prompt of the stage has its outcome (or ``max_pairs`` is reached); a caller's deadline bounds it."""

@@ -108,6 +108,16 @@ class Run:
         """The stage in progress."""
         return Stage(self.progress.stage)
 
+    def sft_rows(self) -> tuple[Prompt, ...]:
+        """References of the sft stage."""
+        return self.corpus.references[: self.config.sft.max_rows]
+
+    def improver_rows(self) -> tuple[Prompt, ...]:
+        """References whose drafts are revised: those that the sft stage of this run leaves, where it does not take all."""
+        leaves = self.config.sft.max_rows is not None and "sft" in self.config.stages
+        rows = self.corpus.references[self.config.sft.max_rows :] if leaves else self.corpus.references
+        return rows[: self.config.improver.max_rows]
+
     def preference_prompts(self) -> tuple[Prompt, ...]:
         """What the preference stage asks: bare prompts, unless its pairs need references."""
         return self.corpus.references if self.config.pairs_need_references else self.corpus.prompts

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
-from sgpo_dist.curriculum import filter_revisions, improver_examples, nll_batches, replay_examples, sft_examples
+from sgpo_dist.curriculum import filter_revisions, improver_examples, keep_examples, nll_batches, replay_examples, sft_examples
 from sgpo_dist.errors import RunFailed, WorkerFault
 from sgpo_dist.evaluate.heldout import evaluate_heldout, improver_verdict
 from sgpo_dist.preferences import optimise_preferences
@@ -40,7 +40,7 @@ async def _walk_stages(run: Run) -> None:
 async def fine_tune(run: Run) -> None:
     """Stage 0: NLL on the references."""
     settings = run.config.sft
-    rows = sft_examples(run.corpus.references, run.book)
+    rows = sft_examples(run.sft_rows(), run.book)
     await nll_stage(run, nll_batches(rows, settings.train_batch_size, settings.epochs, run.config.seed))
 
 
@@ -57,6 +57,7 @@ async def teach_improver(run: Run) -> None:
     if not revisions.kept:
         raise RunFailed(f"no revision is left to teach the improver ({dict(revisions.dropped)}); change improver.reviser or improver.filter")
     rows = improver_examples(revisions.kept, run.book, settings.edit_weight) + replay_examples(revisions.kept, settings.replay, run.book)
+    rows += await _keep_rows(run, len(revisions.kept))
     await nll_stage(run, nll_batches(rows, settings.train_batch_size, settings.epochs, run.config.seed))
 
 
@@ -79,11 +80,18 @@ async def _collect_revisions(run: Run) -> None:
     plan = StagePlan(
         Stage.IMPROVER, run.config.seed, batch_size=1, samples_per_prompt=settings.drafts_per_row, lease_s=run.config.rollout.lease_s
     )
-    await run.buffer.open_stage(run.incarnation, plan, run.corpus.references[: settings.max_rows], run.published)
+    await run.buffer.open_stage(run.incarnation, plan, run.improver_rows(), run.published)
     run.recorder.status(stage=run.stage.value, total=0, doing="drafting and revising")
     await run.fleet.begin(generation_task(run, Stage.IMPROVER))
     await run.buffer.wait_exhausted(Stage.IMPROVER)
     await run.fleet.end()
+
+
+async def _keep_rows(run: Run, revisions: int) -> list[TokenExample]:
+    """Rows that teach when nothing is to be changed."""
+    count = round(run.config.improver.keep_ratio * revisions)
+    refusals = await run.buffer.refusals(Stage.IMPROVER) if count else []
+    return keep_examples(refusals, {prompt.prompt_id: prompt for prompt in run.improver_rows()}, run.book, count, run.config.seed)
 
 
 async def _logps(run: Run, pairs: Sequence[PreferencePair]) -> Mapping[str, tuple[float, float]] | None:

@@ -41,19 +41,26 @@ def arithmetic(config: Config, data: DataFacts | None) -> list[Figure]:
     """Steps, rows, pairs, tokens and versions of each stage."""
     lines: list[Figure] = []
     if "sft" in config.stages:
-        lines.append(_rows_line("sft", config.sft.epochs, config.sft.train_batch_size, data.references if data else None, "references"))
+        lines.append(_rows_line("sft", config.sft.epochs, config.sft.train_batch_size, _taught(config, data) if data else None, "references"))
     if "improver" in config.stages:
         rows = _revisions(config, data) if data else None
         replayed = 2 if config.improver.replay != "none" else 1
         what = "revisions at most" + (f" and as many {config.improver.replay} replays" if replayed == 2 else "")
+        what += f", {config.improver.keep_ratio:g} kept drafts each at most" if config.improver.keep_ratio else ""
         lines.append(_rows_line("improver", config.improver.epochs, config.improver.train_batch_size, rows, what, replayed))
     if "preference" in config.stages:
         lines += _preference_lines(config, data)
     return lines
 
 
+def _taught(config: Config, data: DataFacts) -> int:
+    """References of the sft stage."""
+    return min(data.references, config.sft.max_rows or data.references)
+
+
 def _revisions(config: Config, data: DataFacts) -> int:
-    return min(data.references, config.improver.max_rows or data.references) * config.improver.drafts_per_row
+    left = data.references - (_taught(config, data) if config.sft.max_rows and "sft" in config.stages else 0)
+    return min(left, config.improver.max_rows or left) * config.improver.drafts_per_row
 
 
 def _rows_line(stage: str, epochs: int, batch: int, rows: int | None, what: str, factor: int = 1) -> Figure:

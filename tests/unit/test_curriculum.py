@@ -9,9 +9,18 @@ from typing import Any
 import pytest
 
 from sgpo_dist.config import FilterConfig
-from sgpo_dist.curriculum import edit_fences, filter_revisions, given_pairs, improver_examples, nll_batches, offline_batch, replay_examples
+from sgpo_dist.curriculum import (
+    edit_fences,
+    filter_revisions,
+    given_pairs,
+    improver_examples,
+    keep_examples,
+    nll_batches,
+    offline_batch,
+    replay_examples,
+)
 from sgpo_dist.errors import ConfigError, DataError, RunFailed
-from sgpo_dist.records import Completion, FinishReason, Message, PreferencePair, Prompt, Stage, TokenExample
+from sgpo_dist.records import Completion, FinishReason, Message, PreferencePair, Prompt, Refusal, RefusalReason, Stage, TokenExample
 
 OFF = FilterConfig(min_edit_ratio=0.0, max_length_ratio=1000.0, fence=None)
 EOS = 0
@@ -250,3 +259,30 @@ def test_nll_batches_shuffle_each_epoch_and_keep_every_row() -> None:
     first, second = [[row.uid for batch in part for row in batch] for part in (batches[:3], batches[3:])]
     assert sorted(first) == sorted(second) == [f"r{place}" for place in range(5)]
     assert first != second
+
+
+# ---- kept drafts ---------------------------------------------------------------------------------------------------------------------
+
+
+def good_draft(uid: str, text: str, finish: FinishReason = FinishReason.STOP, reason: RefusalReason = RefusalReason.NOTHING_TO_REPAIR) -> Refusal:
+    return Refusal(uid, Stage.IMPROVER, f"p{uid}", reason, "", Completion(text, BOOK.completion_ids(text), finish, 0))
+
+
+def test_kept_drafts_teach_to_give_the_draft_back() -> None:
+    refusals = [
+        good_draft("1", "all right"),
+        good_draft("2", "cut off", finish=FinishReason.LENGTH),
+        good_draft("3", "", reason=RefusalReason.EMPTY),
+        Refusal("4", Stage.IMPROVER, "p4", RefusalReason.NOTHING_TO_REPAIR),
+    ]
+    prompts = {f"p{n}": Prompt(f"p{n}", (Message("user", "ask"),)) for n in range(1, 5)}
+    (row,) = keep_examples(refusals, prompts, BOOK, 9, seed=0)
+    assert row == TokenExample("keep/1", (200, 100, 3, 3, 5), (3, 5, 0))
+
+
+def test_no_more_drafts_are_kept_than_asked_for_and_the_seed_draws_them() -> None:
+    refusals = [good_draft(str(n), f"draft {n}") for n in range(20)]
+    prompts = {f"p{n}": Prompt(f"p{n}", (Message("user", "ask"),)) for n in range(20)}
+    drawn = [[row.uid for row in keep_examples(refusals, prompts, BOOK, 5, seed)] for seed in (0, 0, 1)]
+    assert len(drawn[0]) == 5
+    assert drawn[0] == drawn[1] != drawn[2]

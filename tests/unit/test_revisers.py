@@ -367,7 +367,7 @@ def test_openai_in_a_storm_revises_or_refuses_every_draft() -> None:
         return "Sorry?" if text.endswith("3.") else json.dumps({"reasoning": "", "revision": text.replace("Cold", "Hot")})
 
     with FakeEndpoint(answer, lambda number: weather[number % len(weather)]) as server:
-        endpoint = endpoint_of(server, max_concurrency=4, max_retries=20)
+        endpoint = endpoint_of(server, max_concurrency=15, max_retries=20)
         reviser = build_reviser({"default": "openai"}, endpoint=endpoint)
 
         async def outcome(number: int) -> str | None:
@@ -378,12 +378,12 @@ def test_openai_in_a_storm_revises_or_refuses_every_draft() -> None:
 
         async def whole() -> list[str | None]:
             try:
-                return await asyncio.gather(*(outcome(number) for number in range(30)))
+                return await asyncio.gather(*(outcome(number) for number in range(15)))
             finally:
                 await endpoint.close()
 
         outcomes = asyncio.run(whole())
-    assert outcomes == ["unjudged" if number % 10 == 3 else f"Hot {number}." for number in range(30)]
+    assert outcomes == ["unjudged" if number % 10 == 3 else f"Hot {number}." for number in range(15)]
 
 
 def test_openai_stops_at_its_budget_and_refuses_the_rest() -> None:

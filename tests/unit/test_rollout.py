@@ -428,6 +428,31 @@ def test_a_fenced_worker_says_so() -> None:
     play(story())
 
 
+def test_a_worker_ends_although_a_cancellation_is_swallowed() -> None:
+    """As ``asyncio.wait_for`` does before Python 3.12 when the answer comes in the same moment."""
+
+    async def story() -> None:
+        w = world([])
+        granted, swallowed = w.buffer.lease, []
+
+        async def lease_once_more(*arguments: Any) -> LeaseGrant:
+            try:
+                await asyncio.sleep(0.05)
+            except asyncio.CancelledError:
+                if swallowed:
+                    raise
+                swallowed.append(True)
+            return await granted(*arguments)
+
+        w.buffer.lease = lease_once_more  # type: ignore[method-assign]
+        await w.worker.begin(task())
+        await asyncio.sleep(0.02)
+        await asyncio.wait_for(w.worker.end(), 5)
+        assert swallowed
+
+    play(story())
+
+
 def test_leases_are_renewed_three_times_in_their_life() -> None:
     async def story() -> None:
         slow = lease("slow")
