@@ -27,7 +27,7 @@ test: setup-dev ## all tests: the units (seconds), seeded schedules and kills, t
 	$(PYTEST) tests/unit
 	$(PYTEST) tests/simulation
 	$(PYTEST) tests/crash
-	$(PYTEST) tests/integration
+	$(PYTEST) tests/integration -m "not chaos"
 
 test-unit: setup-dev ## tests with no cluster and no model; ARGS goes to pytest
 	$(PYTEST) tests/unit $(ARGS)
@@ -38,8 +38,8 @@ test-faults: setup-dev ## ten thousand seeded schedules, and kills at every name
 test-integration: setup-dev ## tests on real Ray, vLLM and DeepSpeed; ARGS="-k resume" picks some
 	$(PYTEST) tests/integration $(ARGS)
 
-test-chaos: setup-dev ## one fault each of six kinds on a real run (minutes); not a part of `make test`
-	$(PYTEST) tests/chaos
+test-chaos: setup-dev ## whole runs that are disturbed from outside (minutes); not a part of `make test`
+	$(PYTEST) tests/chaos tests/integration -m chaos
 
 chaos: setup ## train while parts of the run are killed, stopped and damaged, then audit it; ARGS="--seed 7 --minutes 30"
 	$(VENV)/python -m sgpo_dist chaos --config examples/smoke.yaml run_name=storm-$$(date +%Y%m%d-%H%M%S) \

@@ -17,7 +17,7 @@ SETTINGS = [
     "preference.epochs=100",
     "data.max_prompts=24",
 ]
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def sgpo_dist(*words: str) -> subprocess.CompletedProcess[str]:

@@ -265,6 +265,7 @@ def learner_of(driver: int) -> psutil.Process:
     return next(child for child in psutil.Process(driver).children(recursive=True) if child.name().startswith("ray::RankHost"))
 
 
+@pytest.mark.chaos
 def test_a_run_whose_learner_is_killed_ends_in_the_same_weights(tmp_path: Path) -> None:
     """Synchronous and float32. The learner dies after step 3, the last checkpoint is of step 2; nobody starts the command again."""
     whole = subprocess.run(command("whole", tmp_path), cwd=ROOT, capture_output=True, text=True, timeout=250, check=False)
