@@ -220,7 +220,7 @@ async def brake(run: Run, reason: str, is_new: bool) -> bool:
 
 async def roll_back(run: Run, reason: str) -> None:
     """Put the learner back on the last checkpoint of this stage, or on its start; what was trained after it does not count."""
-    checkpoint = run.store.latest()
+    checkpoint = await asyncio.to_thread(run.store.latest)  # it hashes every file, and supervision goes on meanwhile
     saved = Progress.from_facts(checkpoint.facts) if checkpoint is not None else None
     step = saved.step if saved is not None and saved.stage == run.stage else 0
     before = run.progress
@@ -231,6 +231,3 @@ async def roll_back(run: Run, reason: str) -> None:
     run.unpublished_steps += 1  # the workers hold weights that no longer are
     run.recorder.event("rolled_back", stage=run.stage.value, from_step=before.step, to_step=step, reason=reason)
     run.recorder.message(f"rolled back from step {before.step} to step {step}, where the stage ends: {reason}")
-
-
-
