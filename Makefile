@@ -3,13 +3,15 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 VENV := .venv/bin
 PYTEST := $(VENV)/python -m pytest
+# For tests that share nothing: no cluster, no model.
+SIDE_BY_SIDE := -n 2 --dist worksteal
 
 # Python's bytecode cache makes every process of a run start seconds sooner; some containers switch it off.
 export PYTHONDONTWRITEBYTECODE :=
 # An interpreter other than python3: make setup PYTHON=python3.12. The set with CUDA: make setup TARGET=gpu
 export PYTHON TARGET
 
-.PHONY: help setup setup-dev demo test test-unit test-faults test-integration test-chaos chaos check bench docs lock clean distclean
+.PHONY: help setup setup-dev demo test test-unit test-faults test-integration test-chaos fault-matrix chaos check bench quality docs lock clean distclean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,16 +26,15 @@ demo: setup ## train the embedded model end to end; ARGS="run_name=two preferenc
 	$(VENV)/python -m sgpo_dist train --config examples/demo.yaml $(ARGS)
 
 test: setup-dev ## all tests: the units (seconds), seeded schedules and kills, then real Ray, vLLM and DeepSpeed (minutes)
-	$(PYTEST) tests/unit
-	$(PYTEST) tests/simulation
-	$(PYTEST) tests/crash
+	$(PYTEST) tests/unit $(SIDE_BY_SIDE)
+	$(PYTEST) tests/simulation tests/crash $(SIDE_BY_SIDE)
 	$(PYTEST) tests/integration -m "not chaos"
 
 test-unit: setup-dev ## tests with no cluster and no model; ARGS goes to pytest
-	$(PYTEST) tests/unit $(ARGS)
+	$(PYTEST) tests/unit $(SIDE_BY_SIDE) $(ARGS)
 
 test-faults: setup-dev ## ten thousand seeded schedules, and kills at every named point; no cluster, no model
-	$(PYTEST) tests/simulation tests/crash $(ARGS)
+	$(PYTEST) tests/simulation tests/crash $(SIDE_BY_SIDE) $(ARGS)
 
 test-integration: setup-dev ## tests on real Ray, vLLM and DeepSpeed; ARGS="-k resume" picks some
 	$(PYTEST) tests/integration $(ARGS)
@@ -41,9 +42,18 @@ test-integration: setup-dev ## tests on real Ray, vLLM and DeepSpeed; ARGS="-k r
 test-chaos: setup-dev ## whole runs that are disturbed from outside (minutes); not a part of `make test`
 	$(PYTEST) tests/chaos tests/integration -m chaos
 
+# Named in tests by `@pytest.mark.fault(..)`; a failing part does not keep the others' results from the page.
+PARTS ?= tests/simulation tests/crash tests/unit tests/integration tests/chaos
+
+fault-matrix: setup-dev ## run all tests of the fault matrix and write docs/reliability.md (an hour); PARTS="tests/crash" runs some
+	@failed=0; \
+	for part in $(PARTS); do $(PYTEST) $$part -m fault --fault-results docs/fault_matrix.json $(ARGS) || failed=1; done; \
+	$(VENV)/python tools/fault_matrix.py || failed=1; \
+	exit $$failed
+
 chaos: setup ## train while parts of the run are killed, stopped and damaged, then audit it; ARGS="--seed 7 --minutes 30"
-	$(VENV)/python -m sgpo_dist chaos --config examples/smoke.yaml run_name=storm-$$(date +%Y%m%d-%H%M%S) \
-	  preference.total_steps=4000 preference.epochs=1000 rollout.heartbeat_timeout_s=30 rollout.lease_s=60 learner.step_timeout_s=60 $(ARGS)
+	$(VENV)/python -m bench.storm runs/storm-model
+	$(VENV)/python -m sgpo_dist chaos --config examples/storm.yaml run_name=storm-$$(date +%Y%m%d-%H%M%S) --every 2 --patience 300 $(ARGS)
 
 check: setup-dev ## ruff, mypy and the import rules, all of them even when one fails
 	@failed=0; \
@@ -54,6 +64,11 @@ check: setup-dev ## ruff, mypy and the import rules, all of them even when one f
 
 bench: setup-dev ## our step, weight sync and loop against the usual ones, on this machine
 	$(VENV)/python -m bench $(ARGS)
+
+quality: setup-dev ## SGPO against its baselines on three tasks; arms that were run before are not run again (hours); ARGS goes to chat
+	$(VENV)/python -m bench.quality language-noisy --split test --seeds 1,2,3
+	$(VENV)/python -m bench.quality orders --split test --seeds 1,2,3
+	$(VENV)/python -m bench.quality chat --split test --seeds 1 $(ARGS)
 
 docs: setup-dev ## write the generated pages of docs/
 	$(VENV)/python -m sgpo_dist config-reference --write docs/configuration.md

@@ -1,8 +1,9 @@
 """The fleet: all rollout workers as one, supervised, replaceable, and on the current version before they lease.
 
 The driver holds one ``RayFleet`` (``roles.Fleet``). Each worker is a Ray actor with an engine of its own; a worker that dies, hangs, or
-fails to prove a version is killed, its leases go back, and a fresh one takes its place after a pause. What a worker does is
-``rollout``'s business; how actors are reached, ``handles``'. Decisions about restarts are pure (``RestartPolicy``), with time passed in.
+fails to prove a version is killed, its leases go back, and a fresh one takes its place after a pause. A worker whose node is about to be
+taken away leaves in good order and is replaced elsewhere; one that went with its node is no crash. What a worker does is ``rollout``'s
+business; how actors are reached, ``handles``'; what is known of nodes, ``nodes``'. Decisions about restarts are pure (``RestartPolicy``).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,13 +23,14 @@ from typing import Any, Protocol
 import psutil
 import ray
 
-from actors.handles import RemoteBuffer, WeightClient, call
+from actors.handles import NoAnswer, NodeLost, NoRoom, RemoteBuffer, Unavailable, WeightClient, call
+from actors.nodes import HeadLost, NodeRecord, NodeView, RayNodes, away_from, look_at_ray, one_machine
 from actors.rollout import RolloutSettings, RolloutWorker, leave
 from actors.vllm_engine import EngineSpec, VllmEngine, engine_environment
 from sgpo_dist.config import PairGateConfig
 from sgpo_dist.errors import EnvironmentProblem, RunFailed, SgpoError, WeightSyncError, WorkerFault
 from sgpo_dist.pair_gate import make_outcome
-from sgpo_dist.processes import kill_exactly
+from sgpo_dist.processes import kill_exactly, note_segments, remove_segments, telling_line
 from sgpo_dist.prompts import PromptBook, load_tokenizer
 from sgpo_dist.records import Completion, Outcome
 from sgpo_dist.roles import Buffer, GenerateRequest, GenerationTask, Lease, WorkerStats
@@ -39,6 +42,9 @@ HEARTBEAT_EVERY_S = 2.0
 STEADY_S = 60.0
 """Deadline of a call that only changes a worker's mind (begin, end)."""
 STOP_S = 40.0
+VERDICT_S = 10.0
+LEAVE_MARGIN_S = 2.0
+"""A worker on a draining node is gone so long before the node's deadline."""
 TAIL_LINES = 15
 
 
@@ -77,26 +83,33 @@ class RestartPolicy:
     """Counts crashes of the fleet's workers since the last pair any of them made.
 
     A crash is answered with a pause of ``base_s`` doubled with each crash before it, at most ``cap_s``; more than ``max_restarts``
-    crashes without a pair between them end the run.
+    crashes without a pair between them end the run. Workers that went with their node are paused for in the same way and end nothing.
     """
 
     max_restarts: int
     base_s: float = 1.0
     cap_s: float = 60.0
     crashes: int = 0
+    losses: int = 0
     total: int = 0
 
     def progressed(self) -> None:
         """Somebody made a pair: whatever went wrong before is over."""
-        self.crashes = 0
+        self.crashes = self.losses = 0
 
     def crashed(self) -> float | None:
         """Seconds to wait before the replacement, or None when the budget is used up."""
         self.crashes += 1
         self.total += 1
-        if self.crashes > self.max_restarts:
-            return None
-        return min(self.base_s * 2.0 ** (self.crashes - 1), self.cap_s)
+        return None if self.crashes > self.max_restarts else self._pause(self.crashes)
+
+    def lost_node(self) -> float:
+        """Seconds to wait before the replacement of a worker whose node went away."""
+        self.losses += 1
+        return self._pause(self.losses)
+
+    def _pause(self, times: int) -> float:
+        return min(self.base_s * 2.0 ** (times - 1), self.cap_s)
 
 
 def share_cores(cores: Sequence[int], index: int, workers: int) -> tuple[int, ...]:
@@ -118,9 +131,11 @@ class Worker(Protocol):
     """A worker that may be elsewhere. Every call raises WorkerFault when it is dead or late, or what the worker itself raised."""
 
     worker_id: str
+    node: str
+    """Where it is; empty until it has a place."""
 
     async def start(self) -> None:
-        """Returns when it can generate."""
+        """Returns when it can generate. Raises NoRoom when it never got a place."""
 
     async def begin(self, task: GenerationTask) -> None:
         """Lease and walk prompts."""
@@ -148,9 +163,9 @@ class Worker(Protocol):
 
 
 class Launcher(Protocol):
-    """Makes workers; ``index`` of ``count`` tells which part of a machine is the worker's."""
+    """Makes workers; ``index`` of ``count`` tells which part of a machine is the worker's, ``avoid`` the nodes to keep away from."""
 
-    def __call__(self, worker_id: str, index: int, count: int) -> Worker:
+    def __call__(self, worker_id: str, index: int, count: int, avoid: tuple[str, ...]) -> Worker:
         """A worker that is not started yet."""
 
 
@@ -178,21 +193,26 @@ class RayFleet:
         buffer: Any,
         on_event: OnEvent,
         launcher: Launcher | None = None,
+        nodes: Callable[[], Awaitable[NodeView]] | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._spec = spec
         self._buffer: Buffer = buffer if launcher is not None else RemoteBuffer(buffer)
         self._launch = launcher if launcher is not None else RayLauncher(spec, buffer)
+        self._look = nodes or (one_machine if launcher is not None else RayNodes(partial(look_at_ray, spec.num_cpus, spec.num_gpus)))
         self._on_event = on_event
         self._clock = clock
         self._sleep = sleep
         self._policy = RestartPolicy(spec.max_restarts)
+        self._record = NodeRecord()
         self._live: dict[int, _Member] = {}
         self._rebuilds: dict[int, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
+        self._is_cut_off = False
         self._was_live = False
+        self._was_complete = False
         self._launched = 0
         self._count = 0
         self._bundle: WeightBundle | None = None
@@ -202,10 +222,11 @@ class RayFleet:
     async def start(self, count: int) -> None:
         """Bring up ``count`` workers side by side.
 
-        Raises EnvironmentProblem when an engine cannot start here, RunFailed when workers keep dying.
+        Raises EnvironmentProblem when an engine cannot start here or there is no room for all, RunFailed when workers keep dying.
         """
         await self.scale(count)
         await self._settled(lambda: len(self._live) == self._count)
+        self._was_complete = True
 
     async def scale(self, count: int) -> None:
         """Have ``count`` workers from now on: starts more in the background, or stops the last ones."""
@@ -220,12 +241,12 @@ class RayFleet:
     async def begin(self, task: GenerationTask) -> None:
         """Workers start leasing prompts of the task's stage; a worker that fails to is replaced."""
         self._task = task
-        await asyncio.gather(*(self._attempt(member, self._hand_task(member)) for member in list(self._live.values())))
+        await asyncio.gather(*(self._attempt(member, self._hand_task) for member in list(self._live.values())))
 
     async def end(self) -> None:
         """Workers stop leasing, give back what they hold and idle."""
         self._task = None
-        await asyncio.gather(*(self._attempt(member, self._hand_task(member)) for member in list(self._live.values())))
+        await asyncio.gather(*(self._attempt(member, self._hand_task) for member in list(self._live.values())))
 
     async def publish(self, bundle: WeightBundle) -> list[WeightProof]:
         """Every live worker takes and proves the version; one that fails is rebuilt. When all fail, waits for the first rebuilt one.
@@ -234,7 +255,7 @@ class RayFleet:
         """
         self._bundle = bundle
         self._proofs = {}
-        await asyncio.gather(*(self._attempt(member, self._hand_weights(member)) for member in list(self._live.values())))
+        await asyncio.gather(*(self._attempt(member, self._hand_weights) for member in list(self._live.values())))
         await self._settled(lambda: any(proof.version == bundle.version for proof in self._proofs.values()))
         return [proof for proof in self._proofs.values() if proof.version == bundle.version]
 
@@ -250,16 +271,38 @@ class RayFleet:
             owed = [number for number in range(len(requests)) if number not in answers]
             members = list(self._live.values())
             parts = zip(members, spread(len(owed), len(members)), strict=True)
-            rounds = (self._attempt(member, self._ask(member, requests, [owed[i] for i in part], answers)) for member, part in parts)
-            await asyncio.gather(*rounds)
+            asked = ((member, partial(self._ask, requests, [owed[i] for i in part], answers)) for member, part in parts)
+            await asyncio.gather(*(self._attempt(member, ask) for member, ask in asked))
         return [answers[number] for number in range(len(requests))]
 
     async def supervise(self) -> None:
-        """Watch heartbeats, replace workers; returns only by raising (a crash loop, bad data, a fenced run) or by cancellation."""
+        """Watch heartbeats and nodes, replace workers; returns only by raising or by cancellation.
+
+        Raises what ends a run: a crash loop, bad data, a fenced run, a cluster whose head is gone.
+        """
+        watches = [asyncio.ensure_future(watch) for watch in (self._watch_workers(), self._watch_nodes())]
+        try:
+            ended, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+            ended.pop().result()
+        finally:
+            for watch in watches:
+                watch.cancel()
+            await asyncio.gather(*watches, return_exceptions=True)
+
+    async def _watch_workers(self) -> None:
         while True:
             await self._sleep(self._spec.heartbeat_every_s)
             self._raise_failure()
-            await asyncio.gather(*(self._attempt(member, self._check(member)) for member in list(self._live.values())))
+            await asyncio.gather(*(self._attempt(member, self._check) for member in list(self._live.values())))
+
+    async def _watch_nodes(self) -> None:
+        """Beside the heartbeats, because a hung worker may keep those waiting longer than a node or the head lasts."""
+        while True:
+            await self._sleep(self._spec.heartbeat_every_s)
+            view = await self._seen()
+            for member in list(self._live.values()):
+                if member.worker.node in view.draining:
+                    self._move(member, view.draining[member.worker.node])
 
     async def stats(self) -> list[WorkerStats]:
         """The last heartbeat of each live worker."""
@@ -280,15 +323,16 @@ class RayFleet:
         """End all workers and their engine children; never raises for a worker that is gone already."""
         self._count = 0
         await asyncio.gather(*(self._dismiss(index) for index in sorted({*self._live, *self._rebuilds})))
+        await asyncio.gather(*self._background, return_exceptions=True)  # workers that leave their nodes, each bounded
 
     # ---- dealing with one member ----------------------------------------------------------------------------------------------------
 
-    async def _attempt(self, member: _Member, work: Coroutine[Any, Any, None]) -> None:
+    async def _attempt(self, member: _Member, work: Callable[[_Member], Awaitable[None]]) -> None:
         """Do something with a worker; a fault of the worker's (or weights it cannot prove) means its replacement."""
         try:
-            await work
+            await work(member)
         except (WorkerFault, WeightSyncError) as problem:
-            await self._replace(member, _reason(problem))
+            await self._replace(member, problem)
 
     async def _hand_task(self, member: _Member) -> None:
         """Bring a worker to the task of the moment, which may change meanwhile."""
@@ -305,7 +349,7 @@ class RayFleet:
             member.bundle = bundle
             self._proofs[member.worker.worker_id] = proof
 
-    async def _ask(self, member: _Member, requests: Sequence[GenerateRequest], numbers: Sequence[int], answers: dict[int, Completion]) -> None:
+    async def _ask(self, requests: Sequence[GenerateRequest], numbers: Sequence[int], answers: dict[int, Completion], member: _Member) -> None:
         """Some requests of one worker, in rounds of what it can run at once, so that a loss costs one round."""
         size = self._spec.concurrency
         for first in range(0, len(numbers), size):
@@ -318,41 +362,86 @@ class RayFleet:
         if stats.pairs > member.pairs:
             member.pairs = stats.pairs
             self._policy.progressed()
+            self._record.progressed(member.worker.node)
 
     # ---- replacing ------------------------------------------------------------------------------------------------------------------
 
-    async def _replace(self, member: _Member, reason: str) -> None:
+    async def _replace(self, member: _Member, problem: SgpoError) -> None:
         """Kill a worker, give its leases back, and bring up another in its place."""
         if self._live.get(member.index) is not member:
             return  # somebody else saw it first
         del self._live[member.index]
-        self._end(member.worker, reason)
+        self._end(member.worker, problem)
         if member.index < self._count:  # before anything is awaited: whoever waits for the fleet must find somebody being started
-            self._rebuild(member.index, self._pause_after_crash(member.worker, reason))
-        await self._return_leases(member.worker)
+            self._rebuild(member.index, self._pause_after(member.worker, problem))
+        await self._return_leases(member.worker, crashed=not isinstance(problem, NodeLost))
 
-    def _end(self, worker: Worker, reason: str) -> None:
-        self._on_event("worker_lost", worker=worker.worker_id, reason=reason)
+    async def _seen(self) -> NodeView:
+        try:
+            return await self._look()
+        except HeadLost:
+            self._is_cut_off = True
+            raise
+
+    def _move(self, member: _Member, seconds_left: float) -> None:
+        """A worker's node is about to be taken away: it leaves, and another is brought up elsewhere meanwhile."""
+        del self._live[member.index]
+        left = None if seconds_left == float("inf") else round(seconds_left, 1)
+        self._on_event("worker_leaves", worker=member.worker.worker_id, node=member.worker.node, seconds_left=left)
+        if member.index < self._count:
+            self._rebuild(member.index, delay=0.0)
+        self._in_background(self._retire(member.worker, min(STOP_S, seconds_left - LEAVE_MARGIN_S)))
+
+    async def _retire(self, worker: Worker, seconds: float) -> None:
+        """End a worker in good order, which gives its leases back, or by force when ``seconds`` are over."""
+        try:
+            async with asyncio.timeout(seconds):
+                await worker.stop()
+        except (SgpoError, TimeoutError) as problem:
+            reason = f"while leaving its node: {str(problem) or 'too late'}"
+            self._on_event("worker_lost", worker=worker.worker_id, node=worker.node, reason=reason)
+            await self._return_leases(worker, crashed=False)
+        finally:
+            worker.kill()
+
+    def _end(self, worker: Worker, problem: SgpoError) -> None:
+        if isinstance(problem, NoRoom):
+            self._on_event("worker_waits", worker=worker.worker_id, reason=str(problem))
+        else:
+            log = telling_line(worker.last_words())
+            self._on_event("worker_lost", worker=worker.worker_id, node=worker.node, reason=_reason(problem), log=log)
         worker.kill()
 
-    async def _return_leases(self, worker: Worker) -> None:
+    async def _return_leases(self, worker: Worker, *, crashed: bool = True) -> None:
         if self._task is not None:
-            await self._buffer.give_back(self._task.incarnation, worker.worker_id, crashed=True)
+            await self._buffer.give_back(self._task.incarnation, worker.worker_id, crashed=crashed)
 
-    def _pause_after_crash(self, worker: Worker, reason: str) -> float:
+    def _pause_after(self, worker: Worker, problem: SgpoError) -> float:
+        """How long to wait before the replacement; what went wrong is put to the account of the node, the workers or nobody."""
+        if isinstance(problem, NoRoom):
+            return 0.0  # the wait for a place was the pause
+        if isinstance(problem, NodeLost):
+            self._record.lost(worker.node, self._clock())
+            return self._policy.lost_node()
+        if worker.node and self._record.failed(worker.node, self._clock()):
+            self._on_event("node_avoided", node=worker.node, failures=self._record.failures[worker.node], seconds=self._record.quarantine_s)
         delay = self._policy.crashed()
         if delay is None:
             times = f"rollout workers crashed {self._policy.crashes} times without making a pair"
-            raise RunFailed(f"{times}; the last was {worker.worker_id}: {reason}{worker.last_words()}")
+            raise RunFailed(f"{times}; the last was {worker.worker_id}: {_reason(problem)}{worker.last_words()}")
         return delay
 
     def _rebuild(self, index: int, delay: float) -> None:
-        task = asyncio.create_task(self._bring_up(index, delay))
-        self._rebuilds[index] = task
-        self._background.add(task)
-        task.add_done_callback(self._rebuild_ended)
+        self._rebuilds[index] = self._in_background(self._bring_up(index, delay))
 
-    def _rebuild_ended(self, task: asyncio.Task[None]) -> None:
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Work that nobody awaits; what it raises ends the run."""
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background_ended)
+        return task
+
+    def _background_ended(self, task: asyncio.Task[None]) -> None:
         self._background.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self._failure = self._failure or task.exception()
@@ -361,9 +450,8 @@ class RayFleet:
         """Start a worker for a place until one lives: started, on the version of the moment, on the task of the moment."""
         while True:
             await self._sleep(delay)
-            self._launched += 1
             began = self._clock()
-            member = _Member(index, self._launch(f"rollout-{index}.{self._spec.attempt}.{self._launched}", index, self._count))
+            member = await self._launch_member(index)
             try:
                 await member.worker.start()
                 await self._hand_weights(member)
@@ -371,25 +459,38 @@ class RayFleet:
                 if not self._worth_another(problem):
                     member.worker.kill()
                     raise
-                self._end(member.worker, _reason(problem))
-                await self._return_leases(member.worker)
-                delay = self._pause_after_crash(member.worker, _reason(problem))
+                self._end(member.worker, problem)
+                delay = self._pause_after(member.worker, problem)
             except asyncio.CancelledError:
                 member.worker.kill()
                 raise
             else:
-                self._on_event("worker_started", worker=member.worker.worker_id, seconds=round(self._clock() - began, 1))
+                seconds = round(self._clock() - began, 1)
+                self._on_event("worker_started", worker=member.worker.worker_id, node=member.worker.node, seconds=seconds)
                 return await self._go_live(member)
+
+    async def _launch_member(self, index: int) -> _Member:
+        """A worker for a place, away from bad nodes; on a cluster of one machine, with its part of that machine."""
+        view = await self._seen()
+        avoid = self._record.avoided(view.able, self._clock())
+        self._launched += 1
+        part = (index, self._count) if len(view.alive) == 1 else (0, 1)
+        return _Member(index, self._launch(f"rollout-{index}.{self._spec.attempt}.{self._launched}", *part, avoid))
 
     async def _go_live(self, member: _Member) -> None:
         """Nothing awaits between the last look at the version and this: from here on ``publish`` reaches the worker. Then it may lease."""
         del self._rebuilds[member.index]
         self._live[member.index] = member
         self._was_live = True
-        await self._attempt(member, self._hand_task(member))
+        await self._attempt(member, self._hand_task)
 
     def _worth_another(self, problem: SgpoError) -> bool:
-        """Whether a start that failed may succeed next time. What this machine lacks from the beginning, it will lack again."""
+        """Whether a start that failed may succeed next time. What this machine lacks from the beginning, it will lack again.
+
+        A place is waited for again as long as others work; a fleet that never was complete, or has nobody left, asks for too much.
+        """
+        if isinstance(problem, NoRoom):
+            return self._was_complete and bool(self._live)
         return isinstance(problem, WorkerFault | WeightSyncError) or (isinstance(problem, EnvironmentProblem) and self._was_live)
 
     async def _dismiss(self, index: int) -> None:
@@ -402,7 +503,8 @@ class RayFleet:
         if member is None:
             return
         try:
-            await member.worker.stop()
+            if not self._is_cut_off:  # without the head a good order takes longer than Ray lets this process live
+                await member.worker.stop()
         except SgpoError as problem:
             self._on_event("worker_lost", worker=member.worker.worker_id, reason=f"while stopping: {problem}")
         finally:
@@ -446,15 +548,15 @@ class RayLauncher:
 
     spec: FleetSpec
     buffer: Any
+    actor: type = field(default_factory=lambda: RolloutActor)
 
-    def __call__(self, worker_id: str, index: int, count: int) -> RayWorker:
+    def __call__(self, worker_id: str, index: int, count: int, avoid: tuple[str, ...]) -> RayWorker:
         """An actor; Ray places it when its resources are free, which the start's deadline bounds."""
-        alone = len([node for node in ray.nodes() if node["Alive"]]) == 1
-        worker_spec = WorkerSpec(self.spec, worker_id, index if alone else 0, count if alone else 1)
+        size = {"num_cpus": self.spec.num_cpus, "num_gpus": self.spec.num_gpus, "label_selector": away_from(avoid)}
         handle = (
-            ray.remote(RolloutActor)
-            .options(num_cpus=self.spec.num_cpus, num_gpus=self.spec.num_gpus, max_restarts=0, max_task_retries=0, max_concurrency=1000)
-            .remote(worker_spec, RemoteBuffer(self.buffer))
+            ray.remote(self.actor)
+            .options(**size, max_restarts=0, max_task_retries=0, max_concurrency=1000)
+            .remote(WorkerSpec(self.spec, worker_id, index, count), RemoteBuffer(self.buffer))
         )
         return RayWorker(worker_id, handle, self.spec)
 
@@ -467,41 +569,66 @@ class RayWorker:
     handle: Any
     spec: FleetSpec
     processes: tuple[tuple[int, float], ...] = field(default=())
+    node: str = ""
 
     async def start(self) -> None:
-        """Within ``start_timeout_s``, the actor's placement included."""
-        node_id, processes = await call(self.handle.start.remote(), self.worker_id, self.spec.start_timeout_s)
-        if node_id == ray.get_runtime_context().get_node_id():
+        """``start_timeout_s`` for a place on a node, and again for the engine."""
+        try:
+            self.node = await self._call("where", self.spec.start_timeout_s)
+        except NoAnswer:
+            size = f"{self.spec.num_cpus:g} CPU" + (f" and {self.spec.num_gpus:g} GPU" if self.spec.num_gpus else "")
+            needs = f"no node had room for {self.worker_id} ({size}) within {self.spec.start_timeout_s:g} s"
+            raise NoRoom(f"{needs}; add a node or lower rollout.num_rollout_workers") from None
+        processes = await self._call("start", self.spec.start_timeout_s)
+        if self.node == ray.get_runtime_context().get_node_id():
             self.processes = tuple(processes)
 
     async def begin(self, task: GenerationTask) -> None:
         """Within ``STEADY_S``."""
-        await call(self.handle.begin.remote(task), self.worker_id, STEADY_S)
+        await self._call("begin", STEADY_S, task)
 
     async def end(self) -> None:
         """Within ``STEADY_S``."""
-        await call(self.handle.end.remote(), self.worker_id, STEADY_S)
+        await self._call("end", STEADY_S)
 
     async def receive(self, bundle: WeightBundle) -> WeightProof:
         """Within ``receive_timeout_s``."""
-        return await call(self.handle.receive.remote(bundle), self.worker_id, self.spec.receive_timeout_s)
+        proof: WeightProof = await self._call("receive", self.spec.receive_timeout_s, bundle)
+        return proof
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """Within ``generate_timeout_s``."""
-        return await call(self.handle.generate.remote(list(requests)), self.worker_id, self.spec.generate_timeout_s)
+        return list(await self._call("generate", self.spec.generate_timeout_s, list(requests)))
 
     async def heartbeat(self) -> WorkerStats:
         """Within ``heartbeat_timeout_s``."""
-        return await call(self.handle.heartbeat.remote(), self.worker_id, self.spec.heartbeat_timeout_s)
+        stats: WorkerStats = await self._call("heartbeat", self.spec.heartbeat_timeout_s)
+        return stats
 
     async def stop(self) -> None:
         """Within ``STOP_S``. An actor that stopped in good order is left to Ray, which would report a signal from us as a crash."""
-        await call(self.handle.stop.remote(), self.worker_id, STOP_S)
+        await self._call("stop", STOP_S)
         self.processes = self.processes[1:]
+
+    async def _call(self, method: str, timeout: float, *arguments: Any) -> Any:
+        try:
+            return await call(getattr(self.handle, method).remote(*arguments), self.worker_id, timeout)
+        except Unavailable:
+            raise await self._verdict() from None
+
+    async def _verdict(self) -> WorkerFault:
+        """Why an actor that is never restarted is away: of a dead process Ray knows by the second question, of a dead node much later."""
+        try:
+            await call(self.handle.where.remote(), self.worker_id, VERDICT_S)
+        except Unavailable:
+            return NodeLost(self.worker_id, "its node cannot be reached")
+        except WorkerFault as problem:
+            return problem
+        return WorkerFault(self.worker_id, "was away while it was called")
 
     def kill(self) -> None:
         """Ray kills the actor and its engine follows; on this machine all are also killed by number, which reaches a stopped one."""
-        ray.kill(self.handle, no_restart=True)
+        threading.Thread(target=ray.kill, args=(self.handle,), daemon=True).start()  # in a thread: it blocks while the head is away
         for pid, created in self.processes:
             kill_exactly(pid, created)
 
@@ -526,6 +653,7 @@ class RolloutActor:
     def _assemble(self) -> None:
         spec = self._spec
         log_to_file(log_path(spec.fleet.log_dir, spec.worker_id), spec.fleet.engine.log_level)
+        remove_segments(Path(spec.fleet.log_dir))  # of killed engines; 400 MB each
         fleet = spec.fleet
         engine_spec = replace(fleet.engine, worker_id=spec.worker_id, stuck_s=fleet.request_timeout_s)
         if engine_spec.device == "cpu" and engine_spec.cpu_cores is None:
@@ -543,12 +671,17 @@ class RolloutActor:
             leave,
         )
 
-    async def start(self) -> tuple[str, list[tuple[int, float]]]:
-        """Start the engine; the node's id, and (pid, creation time) of every process that must end with this worker."""
+    async def where(self) -> str:
+        """The node's id: the first answer of an actor that got a place."""
+        return str(ray.get_runtime_context().get_node_id())
+
+    async def start(self) -> list[tuple[int, float]]:
+        """Start the engine; (pid, creation time) of every process that must end with this worker."""
         self._assemble()
         await self._worker.start()
         mine = [os.getpid(), *await self._engine.pids()]
-        return ray.get_runtime_context().get_node_id(), [(pid, psutil.Process(pid).create_time()) for pid in mine]
+        note_segments(Path(self._spec.fleet.log_dir), mine)
+        return [(pid, psutil.Process(pid).create_time()) for pid in mine]
 
     async def begin(self, task: GenerationTask) -> None:
         """See RolloutWorker."""

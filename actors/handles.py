@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import ray
 from ray import exceptions
 
-from sgpo_dist.errors import SgpoError, WorkerFault
+from sgpo_dist.errors import EnvironmentProblem, SgpoError, WorkerFault
 from sgpo_dist.records import Outcome, PreferencePair, Prompt, Refusal, Stage
 from sgpo_dist.roles import Batch, BufferCounts, LeaseGrant, PutReceipt, StagePlan
 
@@ -35,6 +35,18 @@ class Unavailable(WorkerFault):
     """The actor was away while it was called; the call may or may not have run. Only idempotent calls may be repeated."""
 
 
+class NoAnswer(WorkerFault):
+    """The actor did not answer within the call's deadline."""
+
+
+class NodeLost(WorkerFault):
+    """The node under the actor died, was taken away or cannot be reached: neither the actor nor what it worked on is to blame."""
+
+
+class NoRoom(EnvironmentProblem):
+    """Ray found no node for an actor in the time for it: add a node, or ask for fewer or smaller workers."""
+
+
 async def call(ref: Awaitable[T], role: str, timeout: float) -> T:
     """The result of a remote call, within ``timeout`` seconds. Raises WorkerFault for a lost or hung actor, our own errors as they were."""
     try:
@@ -43,7 +55,7 @@ async def call(ref: Awaitable[T], role: str, timeout: float) -> T:
     except (exceptions.RayError, SgpoError) as problem:  # before TimeoutError: what timed out over there is Ray's error here
         raise mapped(problem, role) from None
     except TimeoutError:
-        raise WorkerFault(role, f"no answer within {timeout:g} s") from None
+        raise NoAnswer(role, f"no answer within {timeout:g} s") from None
 
 
 def mapped(problem: BaseException, role: str) -> SgpoError:
@@ -55,14 +67,26 @@ def mapped(problem: BaseException, role: str) -> SgpoError:
         return problem
     if isinstance(problem, exceptions.ActorUnavailableError):
         return Unavailable(role, "away for a moment")
-    return WorkerFault(role, _reason(problem, cause))
+    loss = _loss_of_node(problem)
+    return NodeLost(role, loss) if loss else WorkerFault(role, _reason(problem, cause))
+
+
+def _loss_of_node(problem: BaseException) -> str:
+    """How Ray says that the node is the cause, or nothing. A dead actor's cause is only told in words, unless the node was drained."""
+    if isinstance(problem, exceptions.RayActorError) and problem.preempted:
+        return "its node was drained and is gone"
+    if isinstance(problem, exceptions.NodeDiedError) or "because its node has died" in str(problem):
+        return "its node died"
+    if isinstance(problem, exceptions.ObjectLostError) and not isinstance(problem, exceptions.OwnerDiedError):
+        return "its node died with the answer"
+    return ""
 
 
 def _reason(problem: BaseException, cause: BaseException | None) -> str:
     if isinstance(problem, exceptions.RayTaskError) and cause is not None:
         return f"{type(cause).__name__}: {_last_line(str(cause))}"
     if isinstance(problem, exceptions.OutOfMemoryError):
-        return "killed because its node ran out of memory; lower rollout.kv_cache_gib or rollout.concurrency"
+        return "killed because its node ran out of memory; lower rollout.kv_cache_gib, rollout.concurrency or rollout.num_rollout_workers"
     if isinstance(problem, exceptions.RayActorError):
         return "its process died"
     return f"{type(problem).__name__}: {_last_line(str(problem))}"

@@ -1,4 +1,4 @@
-"""``python -m bench [dpo|sync|loop|gpu] [--quick]``: the ratios side by side on the screen and in bench/RESULTS.md.
+"""``python -m bench [dpo|sync|loop|gpu|scale|buffer] [--quick]``: the ratios side by side on the screen and in bench/RESULTS.md.
 
 Exits with 1 when a correctness guard fails or an arm does not end: a ratio without its guard is worth nothing.
 """
@@ -16,13 +16,13 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-from bench import dpo_step, loop, weight_sync
+from bench import buffer, dpo_step, loop, scale, weight_sync
 from bench.machine import Line, facts
 from sgpo_dist.data.embedded_model import embedded_model_dir
 
 RESULTS: Final = Path(__file__).parent / "RESULTS.md"
 HEADER: Final = "| what | baseline s | ours s | ratio (median) | ratio (worst) | guard |\n| --- | --- | --- | --- | --- | --- |"
-PARTS: Final = ("dpo", "sync", "loop", "gpu")
+PARTS: Final = ("dpo", "sync", "loop", "gpu", "scale", "buffer")
 
 
 def main() -> int:
@@ -54,13 +54,18 @@ def _measure(parts: list[str], quick: bool, rounds: int, same_allocator: bool) -
         "sync": lambda: [weight_sync.measure(repeats=1 if quick else 3, restarts=1 if quick else 2)],
         "loop": lambda: [loop.measure(rounds)],
     }
+    remarked: dict[str, Callable[[], list[str]]] = {
+        "gpu": lambda: dpo_step.measure_gpu(steps),
+        "scale": lambda: scale.measure(quick),
+        "buffer": lambda: buffer.measure(quick),
+    }
     lines: list[Line] = []
     remarks: list[str] = []
     for part in parts:
         print(f"{part}:", file=sys.stderr, flush=True)
         try:
-            if part == "gpu":
-                remarks += dpo_step.measure_gpu(steps)
+            if part in remarked:
+                remarks += remarked[part]()
             else:
                 lines += works[part]()
         except (RuntimeError, subprocess.TimeoutExpired) as problem:
@@ -76,7 +81,9 @@ def _table(lines: list[Line], remarks: list[str]) -> str:
     ]
     notes = [f"- {line.name}: {note}" for line in lines for note in line.notes]
     counts = [f"- {line.name}: {len(line.baseline)} repeats of the baseline, {len(line.ours)} of ours" for line in lines]
-    return "\n".join([HEADER, *rows, "", *notes, *counts, *(f"- {remark}" for remark in remarks)])
+    short = [f"- {remark}" for remark in remarks if "\n" not in remark]
+    tables = [f"\n{remark}" for remark in remarks if "\n" in remark]
+    return "\n".join([*([HEADER] if rows else []), *rows, "", *notes, *counts, *short, *tables])
 
 
 def _write(text: str, described: dict[str, str], quick: bool, took: float) -> None:

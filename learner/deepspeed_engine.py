@@ -13,14 +13,16 @@ here it raises.
 from __future__ import annotations
 
 import fcntl
+import io
 import logging
 import math
 import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +30,7 @@ from typing import Any, Final
 
 import deepspeed
 import torch
+from deepspeed.checkpoint import ds_to_universal
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -42,6 +45,8 @@ UNWANTED_OP: Final = "deepspeed_shm_comm"
 EXECUTABLES: Final = ("zero_to_fp32.py", "zero_to_torch.py")
 BUCKET_ELEMENTS: Final = 500_000_000
 BUILD_DEADLINE_S: Final = 600.0
+TORCH_ARCHIVE: Final = "inline_container.cc"
+"""Names the place in torch that every refused write of ``torch.save`` comes from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,21 +161,44 @@ class TrainingEngine:
             self._engine.lr_scheduler.step()
 
     def save(self, directory: Path) -> None:
-        """Weights (trained ones only), optimiser and schedule of all ranks under ``directory``."""
-        self._engine.save_checkpoint(str(directory), tag=STATE_TAG, save_latest=False, exclude_frozen_parameters=True)
+        """Weights (trained ones only), optimiser and schedule of all ranks under ``directory``. Raises EnvironmentProblem when the disk refuses."""
+        with _refusals_of_the_disk(directory):
+            self._engine.save_checkpoint(str(directory), tag=STATE_TAG, save_latest=False, exclude_frozen_parameters=True)
         if torch.distributed.get_rank() == 0:
             for name in EXECUTABLES:
                 (directory / STATE_TAG / name).unlink(missing_ok=True)
                 (directory / name).unlink(missing_ok=True)
 
     def load(self, directory: Path) -> None:
-        """What ``save`` wrote. It unpickles: the caller has proved the files are its own. Raises CheckpointError."""
+        """What ``save`` wrote, by as many ranks and in the same ZeRO stage. It unpickles: the caller has proved the files are its own.
+
+        Raises CheckpointError.
+        """
         try:
             path, _ = self._engine.load_checkpoint(str(directory), tag=STATE_TAG, load_module_strict=False)
         except (OSError, RuntimeError, ValueError, KeyError, AssertionError, EOFError) as problem:
             raise CheckpointError(f"learner state in {directory} cannot be read: {_first_line(problem)}") from problem
         if path is None:
             raise CheckpointError(f"{directory} holds no learner state of this configuration; use another checkpoint or start afresh")
+
+    def load_resharded(self, directory: Path, scratch: Path) -> None:
+        """What ``save`` wrote, by another number of ranks or in another ZeRO stage. Raises CheckpointError.
+
+        Rank 0 writes it as a universal checkpoint of DeepSpeed's into ``scratch``, which every rank must see and which is gone after a success.
+        The other ranks wait for it, at most as long as for any collective (``join``). ``directory`` is only read.
+        """
+        if self._settings.zero_stage == 0:  # every rank holds all of the optimiser, and the first one's is on disk
+            return self.load(directory)
+        self._on_first_rank(lambda: _convert(directory / STATE_TAG, scratch / STATE_TAG))
+        groups = [{key: value for key, value in group.items() if key != "params"} for group in self._engine.optimizer.param_groups]
+        self._engine._config.load_universal_checkpoint = True  # read at a load only, and no load says which of the two it is
+        try:
+            self.load(scratch)
+        finally:
+            self._engine._config.load_universal_checkpoint = False
+        self._mend_optimizer(groups)
+        torch.distributed.barrier()  # all have read it
+        self._on_first_rank(lambda: shutil.rmtree(scratch, ignore_errors=True))
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """(Hugging Face name, whole tensor) in name order, gathered one layer at a time; a tensor is valid until the next is asked for."""
@@ -189,6 +217,26 @@ class TrainingEngine:
     def close(self) -> None:
         """Let go of hooks and buffers, so that a next stage has the memory. Not a collective."""
         self._engine.destroy()
+
+    def _mend_optimizer(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """ZeRO-3's universal load gives all groups the settings of the first one, and one step counter that each of them then moves on."""
+        for group, settings in zip(self._engine.optimizer.param_groups, groups, strict=True):
+            group.update({key: value for key, value in settings.items() if key != "lr"})
+        for state in self._engine.basic_optimizer.state.values():
+            if isinstance(state.get("step"), Tensor):
+                state["step"] = state["step"].clone()
+
+    def _on_first_rank(self, work: Callable[[], None]) -> None:
+        """Rank 0 does it, all ranks learn how it went and none goes on before. Raises CheckpointError on all of them when it failed."""
+        problem: list[str | None] = [None]
+        if torch.distributed.get_rank() == 0:
+            try:
+                work()
+            except (OSError, RuntimeError, ValueError, KeyError, AssertionError, EOFError) as failure:
+                problem = [_first_line(failure)]
+        torch.distributed.broadcast_object_list(problem, src=0)
+        if problem[0] is not None:
+            raise CheckpointError(f"learner state of other ranks cannot be converted: {problem[0]}; set learner.num_ranks as it was")
 
     def _plain_gradient_norm(self) -> float | None:
         """DeepSpeed does not report a norm for plain float32 training; elsewhere it does."""
@@ -230,6 +278,36 @@ def _build_optimizer(scorer: CompletionScorer, plan: OptimiserPlan, settings: En
             optimizer: torch.optim.Optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=plan.learning_rate, betas=betas)
             return optimizer
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=plan.learning_rate, betas=betas, fused=True)
+
+
+def _convert(source: Path, target: Path) -> None:
+    """The files of all ranks in ``source`` as a universal checkpoint in ``target``, one file a parameter and kind. Not a collective.
+
+    In this process alone: its own workers would be forks of a process with threads.
+    """
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        ds_to_universal.main(
+            Namespace(
+                input_folder=str(source),
+                output_folder=str(target),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=True,
+            )
+        )
+
+
+@contextmanager
+def _refusals_of_the_disk(directory: Path) -> Iterator[None]:
+    """torch tells a full disk by a RuntimeError about positions in its archive, which reads like a fault of the learner and is none."""
+    try:
+        yield
+    except (OSError, RuntimeError) as problem:
+        if isinstance(problem, RuntimeError) and TORCH_ARCHIVE not in str(problem):
+            raise
+        raise EnvironmentProblem(f"the learner's state cannot be written to {directory}: {_first_line(problem)}; check free disk space") from problem
 
 
 @contextmanager

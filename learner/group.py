@@ -22,9 +22,11 @@ from ray.exceptions import RayError, RayTaskError
 
 from sgpo_dist.config import LearnerConfig, ModelConfig
 from sgpo_dist.errors import EnvironmentProblem, SgpoError, WorkerFault
-from sgpo_dist.processes import kill_exactly
+from sgpo_dist.faults import LOG_FOLLOWS
+from sgpo_dist.processes import kill_exactly, telling_line
 from sgpo_dist.records import PreferencePair, TokenExample
 from sgpo_dist.roles import LearnerStage, Metrics
+from sgpo_dist.sanitize import one_line
 from sgpo_dist.weights.version import ProbeRow, WeightBundle
 
 ROLE: Final = "learner"
@@ -32,6 +34,7 @@ SHM: Final = "shm"
 START_TIMEOUT_S: Final = 600.0
 STOP_TIMEOUT_S: Final = 20.0
 PORT_ATTEMPTS: Final = 3
+LOG_TAIL: Final = 4000
 PORT_TAKEN: Final = "EADDRINUSE"
 ALLOCATOR: Final[Mapping[str, str]] = {
     "MALLOC_ARENA_MAX": "1",
@@ -104,9 +107,9 @@ class RankHost:
             probe.bind(("", 0))
             return ray.util.get_node_ip_address(), int(probe.getsockname()[1])
 
-    def process(self) -> tuple[str, int, float]:
-        """(node, process id, creation time): what names this process exactly."""
-        return ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time()
+    def process(self) -> tuple[str, int, float, str]:
+        """(node, process id, creation time), which name this process exactly, and the file that it writes its errors to."""
+        return ray.get_runtime_context().get_node_id(), os.getpid(), psutil.Process().create_time(), os.readlink("/proc/self/fd/2")
 
     def call(self, method: str, *arguments: Any) -> Any:
         """One method of the rank."""
@@ -123,6 +126,7 @@ class LearnerGroup:
         self._linked: tuple[str, ...] = ()
         self._ranks: list[Any] = []
         self._processes: list[tuple[int, float]] = []
+        self._logs: list[Path] = []
         self._files: dict[int, str] = {}
         self._is_lost = False
 
@@ -149,7 +153,8 @@ class LearnerGroup:
         try:
             here = ray.get_runtime_context().get_node_id()
             processes = await _answers([rank.process.remote() for rank in ranks], START_TIMEOUT_S, "start")
-            self._processes = [(pid, created) for node, pid, created in processes if node == here]
+            self._processes = [(pid, created) for node, pid, created, _ in processes if node == here]
+            self._logs = [Path(log) for node, _, _, log in processes if node == here]
             host, port = (await _answers([ranks[0].address.remote()], START_TIMEOUT_S, "start"))[0]
             await _answers([rank.call.remote("connect", host, port) for rank in ranks], START_TIMEOUT_S, "start")
         except SgpoError:
@@ -252,9 +257,9 @@ class LearnerGroup:
         """The answers; a fault of one rank is remembered, because the others are of no use without it."""
         try:
             return await _answers(calls, timeout_s, method)
-        except WorkerFault:
+        except WorkerFault as problem:
             self._is_lost = True
-            raise
+            raise WorkerFault(problem.role, problem.reason + _said(self._logs)) from problem
 
 
 async def _answers(calls: Sequence[Any], timeout_s: float, method: str) -> list[Any]:
@@ -271,6 +276,13 @@ async def _answers(calls: Sequence[Any], timeout_s: float, method: str) -> list[
         raise WorkerFault(ROLE, f"{method} failed: {type(problem.cause).__name__}: {_first_line(problem.cause)}") from problem
     except RayError as problem:
         raise WorkerFault(ROLE, f"{method} failed: {_first_line(problem)}") from problem
+
+
+def _said(logs: Sequence[Path]) -> str:
+    """What the ranks' logs say of an error, each once; empty when they are elsewhere or say nothing."""
+    texts = [log.read_text(encoding="utf-8", errors="replace")[-LOG_TAIL:] for log in logs if log.is_file()]
+    lines = dict.fromkeys(filter(None, map(telling_line, texts)))
+    return LOG_FOLLOWS + one_line(" | ".join(lines)) if lines else ""
 
 
 async def _settled(call: Any) -> None:

@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +54,7 @@ from sgpo_dist.roles import LearnerStage
 from sgpo_dist.weights.version import ProbeRow, WeightBundle
 
 TOKENIZER_FILES: Final = ("*token*", "vocab*", "merges.txt", "chat_template*", "generation_config.json", "*.py")
+MAY_DIFFER: Final = ("num_ranks", "zero_stage")
 FLOATING_TYPES: Final = tuple(DTYPES.values())
 
 
@@ -211,17 +212,22 @@ class LearnerRank:
             (target / "learner.json").write_text(json.dumps(self._identity(), indent=1), encoding="utf-8")
 
     def load(self, directory: str) -> None:
-        """What ``save`` wrote, into a stage begun with the same settings. Raises CheckpointError when it cannot."""
+        """What ``save`` wrote, into a stage begun with the same settings; the number of ranks and the ZeRO stage may be others.
+
+        Then rank 0 converts it beside its checkpoint, under a name that the checkpoint store clears away should this be cut short.
+        Raises CheckpointError when it cannot be loaded.
+        """
         source = Path(directory)
         try:
             saved = json.loads((source / "learner.json").read_text(encoding="utf-8"))
-            random_state = load_file(source / f"random-{self._spec.rank}.safetensors")
-        except (OSError, ValueError, SafetensorError) as problem:
+            random_state = load_file(source / f"random-{self._spec.rank % saved['num_ranks']}.safetensors")
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as problem:
             raise CheckpointError(f"learner state in {source} cannot be read: {problem}; use another checkpoint") from problem
-        for key, value in self._identity().items():
-            if saved.get(key) != value:
-                raise CheckpointError(f"learner state in {source} was saved with {key} {saved.get(key)!r}, this run has {value!r}; set it back")
-        self._current.engine.load(source)
+        differing = self._differing(source, saved)
+        if differing:
+            self._current.engine.load_resharded(source, source.parent.parent / f"tmp-resharded-{self._spec.nonce}")
+        else:
+            self._current.engine.load(source)
         torch.set_rng_state(random_state["cpu"])
         if "cuda" in random_state:
             torch.cuda.set_rng_state(random_state["cuda"], self._device)
@@ -394,7 +400,7 @@ class LearnerRank:
         yield lambda batch: functional_call(engine.scorer, cast, (batch,))
 
     def _identity(self) -> dict[str, Any]:
-        """What a saved state must match to be loadable."""
+        """What a saved state must match to be loadable as it is."""
         return {
             "stage": self._current.stage.stage.value,
             "num_ranks": self._spec.world_size,
@@ -403,6 +409,19 @@ class LearnerRank:
             "dtype": self._spec.model.dtype,
             "lora": self._spec.model.lora.enabled,
         }
+
+    def _differing(self, source: Path, saved: Mapping[str, Any]) -> list[str]:
+        """What a state was saved with and this run has otherwise, of what may differ. Raises CheckpointError when it may not.
+
+        Plain ZeRO-0 keeps the optimiser in another form than the stages above, which DeepSpeed's conversion does not know.
+        """
+        differing = [key for key, value in self._identity().items() if saved.get(key) != value]
+        for key in differing:
+            stages = {saved.get("zero_stage"), self._spec.learner.zero_stage}
+            if key not in MAY_DIFFER or (key == "zero_stage" and 0 in stages):
+                was, now = saved.get(key), self._identity()[key]
+                raise CheckpointError(f"learner state in {source} was saved with {key} {was!r}, this run has {now!r}; set it back")
+        return differing
 
     def _random_state(self) -> dict[str, Tensor]:
         state = {"cpu": torch.get_rng_state()}

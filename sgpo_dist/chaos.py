@@ -10,11 +10,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from statistics import median
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final
+
+from sgpo_dist.faults import STEP, Mark
 
 SHORTEST_PAUSE_S: Final = 2.0
 LONGEST_HICCUP_S: Final = 8.0
@@ -36,13 +38,14 @@ class Part(StrEnum):
 
 
 class Deed(StrEnum):
-    """What is done. FLIP and CUT damage the newest checkpoint while the driver that made it is dead."""
+    """What is done. FLIP, CUT and DROP damage the newest checkpoint while the driver that made it is dead."""
 
     KILL = "kill"
     PAUSE = "pause"
     STOP = "stop"
     FLIP = "flip"
     CUT = "cut"
+    DROP = "drop"
     START = "start"
 
 
@@ -54,6 +57,8 @@ class Kind:
     part: Part
     title: str = ""
 
+
+DAMAGE: Final = frozenset({Deed.FLIP, Deed.CUT, Deed.DROP})
 
 KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
     {
@@ -67,9 +72,11 @@ KINDS: Final[Mapping[str, Kind]] = MappingProxyType(
         "kill-learner": Kind(Deed.KILL, Part.LEARNER, "ray::RankHost"),
         "pause-learner": Kind(Deed.PAUSE, Part.LEARNER, "ray::RankHost"),
         "kill-driver": Kind(Deed.KILL, Part.DRIVER),
+        "pause-driver": Kind(Deed.PAUSE, Part.DRIVER),
         "stop-driver": Kind(Deed.STOP, Part.DRIVER),
         "flip-checkpoint": Kind(Deed.FLIP, Part.DRIVER),
         "cut-checkpoint": Kind(Deed.CUT, Part.DRIVER),
+        "drop-checkpoint": Kind(Deed.DROP, Part.DRIVER),
         "second-driver": Kind(Deed.START, Part.RIVAL),
     }
 )
@@ -109,17 +116,8 @@ def pause_seconds(size: float, deadline_s: float | None) -> float:
 
 # ---- what a run leaves, and what it shows ------------------------------------------------------------------------------------------
 
-STEP: Final = "step"
 STORED: Final = "stored"
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """An event of events.jsonl by its kind; STEP, a row of metrics.jsonl; or STORED: ``count`` outcomes were seen in the database. Unix time."""
-
-    time: float
-    kind: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
+"""A mark from outside: ``count`` outcomes were seen in the database."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +220,8 @@ def _moved(fault: Injected, later: Sequence[Mark]) -> Mark | None:
 
 
 def _driver(fault: Injected, later: Sequence[Mark]) -> Outcome | None:
+    if KINDS[fault.kind].deed is Deed.PAUSE:
+        return _at(_moved(fault, later), "went on")
     published = _first_after(later, "attempt", "version_published")
     if published is None:
         return None
@@ -265,34 +265,64 @@ def _first_after(marks: Sequence[Mark], cause: str, kind: str) -> Mark | None:
 # ---- what it cost ------------------------------------------------------------------------------------------------------------------
 
 
-def stalls_everything(kind: str, workers: int) -> bool:
-    """Whether a fault of this kind hits a part of which there is one: the driver, the buffer, the learner, the only rollout worker."""
-    part = KINDS[kind].part
-    return part is not Part.RIVAL and (part is not Part.WORKER or workers == 1)
+MIB: Final = 2**20
+FLAT: Final = 0.10
+"""Memory that grew by less counts as flat."""
+FEWEST_SAMPLES: Final = 9
+"""Fewer say nothing about growth: three of them make a third."""
 
 
-def useful_share(records: Sequence[Record], workers: int, wall_s: float) -> float:
-    """ETTR: 1 - (seconds from fault to recovery, of the faults that stall everything) / ``wall_s``, in [0, 1]. Faults must not overlap.
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What the run holds at ``time``: resident bytes by role (pages that several share count in each), of named shared memory, and counts."""
 
-    A lower bound where other parts go on meanwhile (workers generate while the learner is rebuilt); what is trained again after a
-    recovery counts as useful here and is counted apart (``steps_repeated``).
-    """
-    lost = sum(record.recovery_s or 0.0 for record in records if stalls_everything(record.fault.kind, workers))
-    return max(0.0, 1.0 - lost / wall_s) if wall_s > 0 else 0.0
-
-
-def steps_repeated(marks: Iterable[Mark]) -> int:
-    """Steps that were trained more than once because what followed the last checkpoint was lost."""
-    steps = [(mark.fields["stage"], mark.fields["step"]) for mark in marks if mark.kind == STEP]
-    return len(steps) - len(set(steps))
+    time: float
+    resident: Mapping[str, int]
+    shared: int
+    files: int
+    processes: int
 
 
-def memory_span(samples: Sequence[int]) -> tuple[int, int]:
-    """Median of the first and of the last third of samples in bytes; (0, 0) without samples."""
-    if not samples:
-        return 0, 0
-    third = max(1, len(samples) // 3)
-    return int(median(samples[:third])), int(median(samples[-third:]))
+def trend_lines(samples: Sequence[Sample]) -> list[list[str]]:
+    """A header, and the medians of the first and of the last third of the samples: memory by role, all of it, and what else may pile up."""
+    roles = list(dict.fromkeys(role for sample in samples for role in sample.resident))
+    lines = [["held", "first third", "last third", "change"]]
+    for role in roles:
+        lines.append(_trend(f"memory: {role}", [sample.resident[role] for sample in samples if role in sample.resident], " MiB", MIB))
+    lines.append(_trend("memory: all", [_all_of(sample) for sample in samples], " MiB", MIB))
+    lines.append(_trend("shared memory", [sample.shared for sample in samples], " MiB", MIB))
+    lines.append(_trend("open files", [sample.files for sample in samples]))
+    lines.append(_trend("processes", [sample.processes for sample in samples]))
+    return lines
+
+
+def memory_verdict(samples: Sequence[Sample]) -> str:
+    """Whether the run's memory grew, in one line."""
+    if len(samples) < FEWEST_SAMPLES:
+        return f"memory: too short a run to tell ({len(samples)} samples)"
+    change = _change(*thirds([_all_of(sample) for sample in samples]))
+    return f"memory {'flat' if change < FLAT else 'grew'}: {change:+.1%}"
+
+
+def thirds(values: Sequence[int]) -> tuple[float, float]:
+    """Median of the first and of the last third; (0, 0) without values."""
+    if not values:
+        return 0.0, 0.0
+    third = max(1, len(values) // 3)
+    return float(median(values[:third])), float(median(values[-third:]))
+
+
+def _all_of(sample: Sample) -> int:
+    return sum(sample.resident.values())
+
+
+def _trend(name: str, values: Sequence[int], unit: str = "", size: int = 1) -> list[str]:
+    early, late = thirds(values)
+    return [name, f"{early / size:,.0f}{unit}", f"{late / size:,.0f}{unit}", f"{_change(early, late):+.1%}"]
+
+
+def _change(early: float, late: float) -> float:
+    return late / early - 1.0 if early else 0.0
 
 
 def table_lines(records: Sequence[Record]) -> list[list[str]]:

@@ -18,10 +18,10 @@ import re
 import secrets
 import shutil
 import signal
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -47,7 +47,8 @@ CRASH_POINTS: Final = (
 )
 """Every place of the protocol where a test can kill the process, in their order (``old_moved`` only when a step is committed again)."""
 
-_STEP_NAME: Final = re.compile(r"^step-(0|[1-9][0-9]*)$")
+Where = TypeVar("Where")
+STEP_NAME: Final = re.compile(r"^step-(0|[1-9][0-9]*)$")
 _OLD_NAME: Final = re.compile(r"^old-(0|[1-9][0-9]*)-[0-9a-f]+$")
 
 
@@ -92,6 +93,16 @@ class Checkpoint:
     num_bytes: int
 
 
+class Copier(Protocol):
+    """Who copies checkpoints to a second place."""
+
+    def submit(self, checkpoint: Path) -> None:
+        """There is a new one. Must return at once."""
+
+    def in_use(self, checkpoint: Path) -> bool:
+        """Whether it is still being read, so that it may not be pruned yet."""
+
+
 def ignore(_: str) -> None:
     """Does nothing with a text: the default listener and crash point."""
 
@@ -115,6 +126,12 @@ def crash_point(environment: Mapping[str, str]) -> Callable[[str], None]:
     return passed if name else ignore
 
 
+def surplus(listed: Sequence[tuple[Where, Manifest]], keep_last: int, keep_every: int) -> list[Where]:
+    """Of checkpoints those that need not be kept, oldest commit first. ``keep_every`` 0 keeps none but the last ones."""
+    ordered = sorted(listed, key=lambda item: item[1].sequence)
+    return [where for where, manifest in ordered[:-keep_last] if not (keep_every and manifest.step % keep_every == 0)]
+
+
 class CheckpointStore:
     """The checkpoints of one run under one root. Blocking: call from a thread when a loop must go on (hashing is about 1 s a GB)."""
 
@@ -127,17 +144,22 @@ class CheckpointStore:
         keep_every: int = 0,
         min_free_bytes: int = 0,
         warn: Callable[[str], None] = ignore,
+        copier: Copier | None = None,
         crash_point: Callable[[str], None] = ignore,
         free_bytes: Callable[[Path], int] = free_bytes,
         nonce: Callable[[], str] = lambda: secrets.token_hex(4),
     ) -> None:
-        """``keep_every`` 0 keeps none but the last ones; ``warn`` hears of damaged checkpoints that were passed over."""
+        """``keep_every`` 0 keeps none but the last ones; ``warn`` hears of damaged checkpoints that were passed over.
+
+        ``copier`` hears of every commit when it is durable.
+        """
         self._root = root
         self._run_id = run_id
         self._keep_last = keep_last
         self._keep_every = keep_every
         self._min_free_bytes = min_free_bytes
         self._warn = warn
+        self._copier = copier
         self._crash_point = crash_point
         self._free_bytes = free_bytes
         self._nonce = nonce
@@ -175,7 +197,24 @@ class CheckpointStore:
                 f"cannot write the checkpoint of step {step} ({problem}); free space on the disk of {self._root}"
             ) from problem
         self._crash_point("ckpt.pointed")
+        if self._copier is not None:
+            self._copier.submit(target)
         return target
+
+    def adopt(self, draft: Path) -> Checkpoint:
+        """Make a checkpoint that was made elsewhere, and now lies in a draft of ``begin``, one of this store's.
+
+        Raises CheckpointError when it is damaged or foreign, EnvironmentProblem when the disk refuses.
+        """
+        found = self.load(draft)
+        try:
+            for path in [path for path in draft.rglob("*") if path.is_file()]:
+                _sync(path)
+            target = self._move_into_place(draft, found.step)
+            self._point_to(target.name)
+        except OSError as problem:
+            raise EnvironmentProblem(f"cannot write {draft} ({problem}); free space on the disk of {self._root}") from problem
+        return replace(found, path=target)
 
     def latest(self) -> Checkpoint | None:
         """The newest intact checkpoint; None when there was never one.
@@ -208,15 +247,13 @@ class CheckpointStore:
 
     def prune(self) -> list[Path]:
         """Delete what neither ``keep_last`` nor ``keep_every`` keeps; returns what went. Unreadable directories are left to people."""
-        listed = sorted(self._listed(), key=lambda item: item[1].sequence)
-        extra = [(path, manifest) for path, manifest in listed[: -self._keep_last] if not self._kept_for_good(manifest.step)]
-        for path, _ in extra:
+        extra = surplus(self._listed(), self._keep_last, self._keep_every)
+        if self._copier is not None:
+            extra = [path for path in extra if not self._copier.in_use(path)]
+        for path in extra:
             _remove(path)
         self._crash_point("ckpt.pruned")
-        return [path for path, _ in extra]
-
-    def _kept_for_good(self, step: int) -> bool:
-        return self._keep_every > 0 and step % self._keep_every == 0
+        return extra
 
     def _seal(self, tmp: Path, step: int, facts: Mapping[str, Any]) -> None:
         paths = sorted(path for path in tmp.rglob("*") if path.is_file() and path != tmp / MANIFEST_NAME)
@@ -282,7 +319,7 @@ class CheckpointStore:
         """Everything that bears the name of a checkpoint. A symbolic link does not count: it may lead out of the run."""
         if not self._root.is_dir():
             return []
-        return [path for path in self._root.iterdir() if _STEP_NAME.match(path.name) and path.is_dir() and not path.is_symlink()]
+        return [path for path in self._root.iterdir() if STEP_NAME.match(path.name) and path.is_dir() and not path.is_symlink()]
 
     def _listed(self, unreadable: Callable[[Path, _DamagedError], None] = lambda path, damage: None) -> list[tuple[Path, Manifest]]:
         """Checkpoints with a readable manifest, files unchecked."""
@@ -303,7 +340,7 @@ class CheckpointStore:
             tree = json.loads((path / MANIFEST_NAME).read_bytes())
         except FileNotFoundError:
             raise _DamagedError(f"it has no {MANIFEST_NAME}") from None
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             raise _DamagedError(f"{MANIFEST_NAME} cannot be read") from None
         if isinstance(tree, dict) and tree.get("seal", "") not in ("", _seal_of(tree)):  # before it is called a stranger's: damage looks so too
             raise _DamagedError(f"{MANIFEST_NAME} does not fit its seal")

@@ -8,19 +8,28 @@ What can be derived is a property here, not a key.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from sgpo_dist.errors import ConfigError
+from sgpo_dist.sanitize import redact, terminal_text
 
 ENVIRONMENT_PREFIX = "SGPO__"
-RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+RUN_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
+MAX_FILE_BYTES = 1_000_000
+LARGEST = 2**53
+"""No size, count or seed lies beyond it; the database and the trackers could not hold one."""
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -34,10 +43,25 @@ def _off(value: Any) -> Any:
     return "off" if value is False else value
 
 
+def _takes_only_numbers(annotation: Any) -> bool:
+    """Whether a field is int or float, perhaps with bounds, perhaps or null."""
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    bare = {get_args(part)[0] if get_origin(part) is Annotated else part for part in parts}
+    return bool(bare & {int, float}) and bare <= {int, float, type(None)}
+
+
 class Section(BaseModel):
     """Base of every section: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_flag_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's yes, on and true are flags; as a number they would silently count as 1."""
+        if isinstance(value, bool) and _takes_only_numbers(cls.model_fields[info.field_name or ""].annotation):
+            raise ValueError(f"must be a number, not {str(value).lower()}")
+        return value
 
 
 class LoraConfig(Section):
@@ -61,8 +85,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _pin_remote_code(self) -> ModelConfig:
-        if self.trust_remote_code and not self.revision:
-            raise ValueError("model.trust_remote_code needs model.revision set to a commit hash")
+        if self.trust_remote_code and not COMMIT.fullmatch(self.revision or ""):
+            raise ValueError("model.trust_remote_code needs model.revision set to a commit hash (40 hex digits)")
         return self
 
 
@@ -304,6 +328,8 @@ class CheckpointConfig(Section):
     save_steps: Positive = Field(25, description="Optimiser steps between checkpoints (stage ends always save).")
     keep_last: Positive = Field(2, description="Newest checkpoints kept.")
     keep_every: int = Field(0, ge=0, description="Also keep every checkpoint whose step is a multiple; 0 = none.")
+    copy_to: str | None = Field(None, min_length=1, description="Also copy each checkpoint to here/RUN_NAME, in the background: any fsspec address.")
+    copy_timeout_s: float = Field(600.0, gt=0, description="Longest wait for the last copy when the run ends.")
 
 
 class LoggingConfig(Section):
@@ -342,6 +368,9 @@ class Config(Section):
     output_dir: str = Field("runs", description="Parent of run directories.")
     stages: list[StageName] = Field(["sft", "improver", "preference"], description="Stages in order; each can run alone.")
     seed: int = Field(0, ge=0, description="One seed for everything that draws.")
+    time_limit_s: float | None = Field(
+        None, gt=0, description="Seconds this attempt may take; then a checkpoint is made and the run ends with exit code 5, as for SIGTERM."
+    )
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     sft: SftConfig = Field(default_factory=SftConfig)
@@ -414,9 +443,36 @@ def _impossibilities(config: Config) -> list[str]:
     if "repair" in revisers and ":" not in config.improver.repair:
         found.append("improver.reviser 'repair' needs improver.repair set to 'module:function'")
     found += _impossible_preferences(config)
+    found += _impossible_endpoints(config)
+    if config.rollout.engine_kwargs.get("trust_remote_code") and not config.model.trust_remote_code:
+        found.append("rollout.engine_kwargs trust_remote_code needs model.trust_remote_code set to true, with a pinned model.revision")
     if config.weights.transport == "ipc" and config.learner.gpus_per_rank == 0:
         found.append("weights.transport 'ipc' needs learner.gpus_per_rank above 0")
     return found
+
+
+def _impossible_endpoints(config: Config) -> list[str]:
+    """Addresses and key names that cannot be one. Neither is repeated: it may hold a secret."""
+    endpoints = {"improver.endpoint": config.improver.endpoint, "preference.judge.endpoint": config.preference.judge.endpoint}
+    found = [f"{path}.{ADDRESS_RULE}" for path, endpoint in endpoints.items() if not is_address(endpoint.base_url)]
+    return found + [
+        f"{path}.api_key_env must be the name of an environment variable, such as OPENAI_API_KEY, not a key"
+        for path, endpoint in endpoints.items()
+        if not VARIABLE.fullmatch(endpoint.api_key_env)
+    ]
+
+
+ADDRESS_RULE = "base_url must be http(s)://host[:port]/path, without user, password or query"
+
+
+def is_address(base_url: str) -> bool:
+    """Whether it can be an endpoint's address. Only what is harmless in logs is let through: no user or password in it, no query."""
+    try:
+        parts = urlsplit(base_url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # a port or an IPv6 address that cannot be one
+        return False
+    return usable and not any(mark in base_url for mark in "@?#")
 
 
 def _impossible_preferences(config: Config) -> list[str]:
@@ -441,7 +497,7 @@ def _impossible_preferences(config: Config) -> list[str]:
         (preference.rounds > preference.total_steps, f"preference.rounds ({preference.rounds}) exceed preference.total_steps"),
         (config.model.lora.enabled and preference.rounds > 1, "preference.rounds above 1 needs model.lora.enabled set to false"),
         (needs_revisions and "improver" not in config.stages, "preference.improver_replay and preference.fence need 'improver' in stages"),
-        (config.made_pairs_per_step < 1, f"preference.offline_ratio {preference.offline_ratio} leaves no own pair in a batch of {batch}"),
+        (config.made_pairs_per_step < 1, f"preference.offline_ratio {preference.offline_ratio} leaves no own pair in a batch of {batch}; lower it"),
     )
     return [message for broken, message in rules if broken]
 
@@ -463,6 +519,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), environment: M
 
 def build_config(tree: Mapping[str, Any]) -> Config:
     """A Config from plain values. Raises ConfigError with the first problem in one line."""
+    _refuse_strange(tree, "")
     try:
         return Config.model_validate(tree)
     except ValidationError as problem:
@@ -476,20 +533,71 @@ def dump_config(config: Config) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+        if len(raw) > MAX_FILE_BYTES:
+            raise ConfigError(f"config file {path} is longer than {MAX_FILE_BYTES} bytes; give --config a YAML file of settings")
+        tree = _load_yaml(raw.decode("utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"config file {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as problem:
-        raise ConfigError(f"config file {path} cannot be read: {problem}") from None
+    except OSError as problem:
+        raise ConfigError(f"config file {path} cannot be read: {problem.strerror}") from None
+    except UnicodeDecodeError as problem:
+        raise ConfigError(f"config file {path} is not UTF-8 text (byte {problem.start}); save it as UTF-8") from None
     except yaml.YAMLError as problem:
         where = getattr(problem, "problem_mark", None)
         line = f" line {where.line + 1}" if where is not None else ""
-        raise ConfigError(f"config file {path}{line} is not valid YAML") from None
+        what = getattr(problem, "problem", None) or getattr(problem, "reason", "")
+        raise ConfigError(f"config file {path}{line} is not valid YAML ({what})") from None
+    except (ValueError, RecursionError) as problem:
+        what = "nested too deep" if isinstance(problem, RecursionError) else str(problem)
+        raise ConfigError(f"config file {path} is not valid YAML ({what})") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"config file {path} must hold a mapping of sections")
     return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only: no alias (nine lines of them outgrow any memory), and no key twice (the first would be lost)."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases are not read: write the value out", problem_mark=self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in names:
+                raise yaml.MarkedYAMLError(problem=f"the key '{key.value}' stands twice: keep one", problem_mark=key.start_mark)
+            names.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _load_yaml(text: str) -> Any:
+    """The values of a text. Raises YAMLError; ValueError for a date or number that cannot be one, RecursionError for nesting without end."""
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def _refuse_strange(value: Any, path: str) -> None:
+    """Raises ConfigError for what no setting can mean: text that hides or moves something when shown, and numbers beyond any size."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _refuse_strange(name, path or "a key")
+            _refuse_strange(item, f"{path}.{name}" if path else str(name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _refuse_strange(item, path)
+    elif isinstance(value, str) and "".join(terminal_text(value).split("\n")) != value:
+        raise ConfigError(f"{path} holds a line break, a control character or an invisible mark; write it without (got {value[:80]!a})")
+    elif isinstance(value, int | float) and LARGEST < abs(value) < math.inf:
+        raise ConfigError(f"{path}: {value:.3g} is larger than any setting can be; write a number up to {LARGEST}")
 
 
 def _set(tree: dict[str, Any], dotted: str, text: str) -> None:
@@ -503,13 +611,13 @@ def _set(tree: dict[str, Any], dotted: str, text: str) -> None:
         node = child
     try:
         node[leaf] = _scalar(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"value of '{dotted}' is not valid YAML: {text}") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise ConfigError(f"value of '{dotted}' is not valid YAML; correct it, or put it in quotes (got {_shown(text, leaf)})") from None
 
 
 def _scalar(text: str) -> Any:
     """YAML's reading of ``text``, and floats such as 1e-5 that YAML 1.1 takes for strings."""
-    value = yaml.safe_load(text)
+    value = _load_yaml(text)
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)
     return value
@@ -520,8 +628,18 @@ def _explain(problem: ValidationError) -> str:
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"unknown key '{path}'{_nearest(path)}"
+    if first["type"] == "model_type":
+        return f"{path} is a section, not a value: write its keys below it (got {_shown(first['input'], path)})"
     message = str(first["msg"]).removeprefix("Value error, ")
-    return f"{path}: {message}" + (f" (got {first['input']!r})" if path and first["type"] != "value_error" else "") if path else message
+    if message.startswith(path):
+        return message
+    return f"{path}: {message}" + (f" (got {_shown(first['input'], path)})" if path and first["type"] != "value_error" else "") if path else message
+
+
+def _shown(value: Any, path: str) -> str:
+    """A refused value for a message, short, and hidden where it may be a secret."""
+    text = repr(redact(value, path.rsplit(".", 1)[-1]))
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def _nearest(path: str) -> str:

@@ -246,4 +246,4 @@ def duration(seconds: float) -> str:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(terminal_text(text), markup=False, highlight=False, soft_wrap=True)
+    console.print(" ".join(terminal_text(text).splitlines()), markup=False, highlight=False, soft_wrap=True)

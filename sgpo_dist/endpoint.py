@@ -17,11 +17,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import httpx
 
-from sgpo_dist.config import EndpointConfig
+from sgpo_dist.config import ADDRESS_RULE, EndpointConfig, is_address
 from sgpo_dist.errors import ConfigError, EnvironmentProblem, RunFailed
 from sgpo_dist.records import Message
 from sgpo_dist.sanitize import SHORTEST_SECRET, one_line, redact_text
@@ -229,14 +228,8 @@ def shared_among(config: EndpointConfig, clients: int) -> EndpointConfig:
 
 
 def _chat_address(base_url: str) -> str:
-    """Only what is harmless in logs is let through: no user or password in it, no query."""
-    try:
-        parts = urlsplit(base_url)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:  # a port or an IPv6 address that cannot be one
-        usable = False
-    if not usable or "@" in base_url or "?" in base_url or "#" in base_url:
-        raise ConfigError("an endpoint's base_url must be http(s)://host[:port]/path, without user, password or query")
+    if not is_address(base_url):
+        raise ConfigError(f"an endpoint's {ADDRESS_RULE}")
     return base_url.rstrip("/") + "/chat/completions"
 
 

@@ -10,9 +10,11 @@ import asyncio
 import os
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +27,25 @@ from actors.vllm_engine import EngineSpec
 from learner.group import GroupSpec, LearnerGroup
 from sgpo_dist.buffer.service import PairBuffer
 from sgpo_dist.checkpoint import Checkpoint, CheckpointStore, crash_point
+from sgpo_dist.checkpoint_copy import CheckpointCopier, CopyOutcome, Place, bring_checkpoint, bring_run, is_copy
 from sgpo_dist.config import Config
 from sgpo_dist.data.embedded_model import default_cache_root, embedded_model_dir
 from sgpo_dist.data.loading import Corpus, check_lengths, load_corpus
 from sgpo_dist.data.revisions import load_revisions
-from sgpo_dist.errors import ConfigError, DataError, EnvironmentProblem
+from sgpo_dist.errors import ConfigError, DataError, EnvironmentProblem, StoppedOnRequest
 from sgpo_dist.prompts import PromptBook, load_tokenizer
 from sgpo_dist.recorder import Recorder
 from sgpo_dist.report.model_card import model_card
-from sgpo_dist.run import FINISHED, Progress, Run, settled_by
+from sgpo_dist.run import FINISHED, Progress, Run, StopRequest, settled_by
 from sgpo_dist.run_directory import RunDirectory
 from sgpo_dist.story import train
 from sgpo_dist.weights.version import ProbeRow
 
 FRACTION_OF_A_CORE = 0.5  # what a CPU role asks Ray for: placement only, so that a laptop's two cores hold every role
+LOOK_EVERY_S = 1.0
+SAME_SIGNAL_S = 1.0
+"""Programs such as ``timeout`` signal a process and then its group: what comes so soon is one request."""
+HURRY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,88 +64,170 @@ class RunResult:
 
 
 def run_training(config: Config, resume: str = "auto") -> RunResult:
-    """Train to the end, or to a stop on request. Raises SgpoError; resuming is calling it again."""
+    """Train to the end, or to a stop on request. Raises SgpoError, or KeyboardInterrupt when told twice; resuming is calling it again."""
+    began = time.monotonic()
+    if is_copy(resume):
+        bring_run(resume, config.run_dir)
     with RunDirectory.claim(config, resume) as directory:
         warnings: list[str] = []
         store = _store(config, directory, warnings.append)
-        checkpoint = store.latest() if resume in ("auto", "never") else store.load(Path(resume))
+        checkpoint = _checkpoint(resume, directory, store)
         progress = Progress.from_facts(checkpoint.facts) if checkpoint else Progress(config.stages[0])
         if progress.stage == FINISHED and directory.model.is_dir():
             return RunResult(directory.path, progress.global_step, progress.version, already_finished=True)
-        with Recorder.open(config, directory) as recorder, ray_session(config, directory):
+        with Recorder.open(config, directory) as recorder, _stoppable_at_once():
             for warning in warnings:
                 recorder.message(warning)
-            return asyncio.run(_run(config, directory, progress, checkpoint, recorder))
+            inputs = _read_inputs(config)
+            recorder.event("data", **inputs.counts())
+            with ray_session(config, directory):
+                try:
+                    return asyncio.run(_run(Attempt(config, directory, recorder, inputs, progress, checkpoint, began)))
+                except asyncio.CancelledError:
+                    raise KeyboardInterrupt from None
 
 
-async def _run(config: Config, directory: RunDirectory, progress: Progress, checkpoint: Checkpoint | None, recorder: Recorder) -> RunResult:
-    parts: list[Callable[[], Awaitable[None]]] = []
-    loop = asyncio.get_running_loop()
+def _checkpoint(resume: str, directory: RunDirectory, store: CheckpointStore) -> Checkpoint | None:
+    """Where to go on from; the ledger comes out of it where the run's own is lost."""
+    if is_copy(resume):
+        found: Checkpoint | None = bring_checkpoint(resume, directory.path, store)
+    else:
+        found = store.latest() if resume in ("auto", "never") else store.load(Path(resume))
+    if found is not None and not directory.database.exists():
+        _restore_ledger(found.path / directory.database.name, directory.database)
+    return found
 
-    def warn(text: str) -> None:  # the store works in threads, the recorder in this one
-        loop.call_soon_threadsafe(recorder.message, text)
 
+def _restore_ledger(source: Path, database: Path) -> None:
+    """A copy beside, then one rename. What an earlier database left beside itself would be taken for a part of this one."""
+    draft = database.with_name(f".{database.name}.tmp")
+    shutil.copyfile(source, draft)
+    for leftover in database.parent.glob(f"{database.name}-*"):
+        leftover.unlink()
+    os.replace(draft, database)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a run reads before anything starts."""
+
+    model: Path
+    book: PromptBook
+    corpus: Corpus
+
+    def counts(self) -> dict[str, Any]:
+        """The event that tells of them."""
+        corpus = self.corpus
+        return {
+            "references": len(corpus.references),
+            "prompts": len(corpus.prompts),
+            "heldout": len(corpus.heldout),
+            "dropped": corpus.dropped,
+        }
+
+
+def _read_inputs(config: Config) -> Inputs:
+    """The initial model's place, the prompts and the data, refused when they do not fit the configuration. May take minutes to download."""
+    model, settings = model_directory(config), config.model
+    tokenizer = load_tokenizer(model, revision=settings.revision, trust_remote_code=settings.trust_remote_code)
+    book = PromptBook(tokenizer, config.rollout.template)
+    corpus = load_corpus(config.data, config.seed)
+    require_rows(config, corpus)
+    _require_revisions(config)
+    check_lengths(corpus, book, config.data.max_prompt_tokens)
+    return Inputs(model, book, corpus)
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One driver's attempt at a run, and where it goes on. It ``began`` at that monotonic time (s)."""
+
+    config: Config
+    directory: RunDirectory
+    recorder: Recorder
+    inputs: Inputs
+    progress: Progress
+    checkpoint: Checkpoint | None
+    began: float
+
+
+async def _run(attempt: Attempt) -> RunResult:
+    directory, parts, stop = attempt.directory, Parts(), StopRequest()
+    watch = _hear_stops(attempt, stop, parts)
     try:
-        store = _store(config, directory, warn)
-        run = await _assemble(config, directory, recorder, store, progress, checkpoint, parts)
-        if checkpoint:
-            recorder.message(f"resuming from {checkpoint.path.name}: stage {progress.stage}, step {progress.step}, version {progress.version}")
-        _stop_on_signals(run)
+        assembling = asyncio.ensure_future(_assemble(attempt, stop, parts))
+        if await stop.comes_before(assembling):
+            raise StoppedOnRequest(f"stopped by {stop.reason} while it started; run the same command to go on")
+        run = assembling.result()
+        if attempt.checkpoint:
+            step, version = attempt.progress.step, attempt.progress.version
+            attempt.recorder.message(f"resuming from {attempt.checkpoint.path.name}: stage {attempt.progress.stage}, step {step}, version {version}")
         await train(run)
         _leave_model(run.last_model(), directory)
         directory.mark_finished()
         return RunResult(run.directory, run.progress.global_step, run.progress.version)
     finally:
-        for stop in reversed(parts):
-            await stop()
+        watch.cancel()
+        await parts.end()
 
 
-async def _assemble(
-    config: Config,
-    directory: RunDirectory,
-    recorder: Recorder,
-    store: CheckpointStore,
-    progress: Progress,
-    checkpoint: Checkpoint | None,
-    parts: list[Callable[[], Awaitable[None]]],
-) -> Run:
-    """Everything a run needs; what was started is in ``parts``, to be stopped in reverse order even when this fails half-way."""
-    initial_model = model_directory(config)
-    book = PromptBook(
-        load_tokenizer(initial_model, revision=config.model.revision, trust_remote_code=config.model.trust_remote_code), config.rollout.template
-    )
-    corpus = load_corpus(config.data, config.seed)
-    require_rows(config, corpus)
-    _require_revisions(config)
-    check_lengths(corpus, book, config.data.max_prompt_tokens)
-    recorder.event("data", references=len(corpus.references), prompts=len(corpus.prompts), heldout=len(corpus.heldout), dropped=corpus.dropped)
-    start_model = initial_model if progress.stage == config.stages[0] else directory.stage_model(_stage_before(config, progress.stage))
+@dataclass(slots=True)
+class Parts:
+    """What was started, to be ended in reverse order even when starting failed half-way. In a hurry all have ``HURRY_S``, and Ray ends the rest."""
+
+    ends: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
+    is_hurried: bool = False
+
+    async def end(self) -> None:
+        """End all, also those after one that fails."""
+        try:
+            while self.ends and not self.is_hurried:
+                await self.ends[-1]()
+                self.ends.pop()
+        finally:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HURRY_S):
+                    await asyncio.gather(*(end() for end in self.ends), return_exceptions=True)
+
+
+async def _assemble(attempt: Attempt, stop: StopRequest, parts: Parts) -> Run:
+    """Everything a run needs; what was started is in ``parts``."""
+    config, directory, recorder = attempt.config, attempt.directory, attempt.recorder
+    inputs, progress, checkpoint = attempt.inputs, attempt.progress, attempt.checkpoint
+    loop = asyncio.get_running_loop()
+
+    def warn(text: str) -> None:  # the store works in threads, the recorder in this one
+        loop.call_soon_threadsafe(recorder.message, text)
+
+    copier = _start_copier(config, directory, recorder, parts)
+    start_model = inputs.model if progress.stage == config.stages[0] else directory.stage_model(_stage_before(config, progress.stage))
     placement = place(config)
     handle, incarnation = await _start_buffer(directory, parts)
     for stage, step in settled_by(checkpoint.facts) if checkpoint is not None else ():
         await RemoteBuffer(handle).restore(incarnation, stage, step)
-    probes = probe_rows(corpus, book, config.weights.num_probes)
+    probes = probe_rows(inputs.corpus, inputs.book, config.weights.num_probes)
     fleet = RayFleet(fleet_spec(config, directory, placement, probes, start_model), handle, recorder.event)
-    parts.append(fleet.stop)
+    parts.ends.append(fleet.stop)
     learner = LearnerGroup(group_spec(config, directory, placement, probes), fleet.weight_client)
-    parts.append(learner.stop)
+    parts.ends.append(learner.stop)
     recorder.status(doing="starting the engines and the learner")
     await asyncio.gather(fleet.start(config.rollout.num_rollout_workers), learner.start())
     return Run(
         config=config,
         directory=directory.path,
-        initial_model=initial_model,
-        corpus=corpus,
-        book=book,
+        initial_model=inputs.model,
+        corpus=inputs.corpus,
+        book=inputs.book,
         buffer=RemoteBuffer(handle),
         fleet=fleet,
         learner=learner,
-        store=store,
+        store=_store(config, directory, warn, copier),
         recorder=recorder,
         incarnation=incarnation,
         progress=progress,
         tolerance=probe_tolerance(config, placement),
         restored_from=checkpoint.path if checkpoint else None,
+        stop=stop,
     )
 
 
@@ -210,11 +299,60 @@ def _leave_model(source: Path, directory: RunDirectory) -> None:
     os.replace(draft, directory.model)
 
 
-def _stop_on_signals(run: Run) -> None:
-    """SIGTERM and Ctrl-C ask for a stop after the step in progress. Set after ray.init, which sets handlers of its own."""
-    loop = asyncio.get_running_loop()
+# ---- stops ------------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _stoppable_at_once() -> Iterator[None]:
+    """While nothing runs that has to be ended: SIGTERM ends the attempt as Ctrl-C does. Ray, as it starts, makes it a SystemExit."""
+
+    def hear(number: int, frame: object) -> None:
+        raise SystemExit(number)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = (signal.signal(signal.SIGTERM, hear) if is_main else None) or signal.SIG_DFL
+    try:
+        yield
+    except SystemExit:
+        raise StoppedOnRequest("stopped by SIGTERM before it started; run the same command to go on") from None
+    finally:
+        if is_main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _hear_stops(attempt: Attempt, stop: StopRequest, parts: Parts) -> asyncio.Task[None]:
+    """From now on signals, the request file and the time limit reach ``stop``; the task that looks for the file, to be cancelled.
+
+    Called after ray.init, which sets signal handlers of its own.
+    """
+    loop, driver = asyncio.get_running_loop(), asyncio.current_task()
+    told_at: list[float] = []
+
+    def ask(reason: str) -> None:
+        if not stop.reason:
+            attempt.recorder.message(f"{reason}: the step in progress ends, then a checkpoint and the end; a second signal ends the run at once")
+        stop.ask(reason)
+
+    def hear(name: str) -> None:
+        told_at.append(loop.time())
+        if told_at[-1] - told_at[0] >= SAME_SIGNAL_S and driver is not None and not parts.is_hurried:
+            parts.is_hurried = True
+            driver.cancel()
+        ask(name)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, run.stop.ask, signal.Signals(number).name)
+        loop.add_signal_handler(number, hear, signal.Signals(number).name)
+    if attempt.config.time_limit_s is not None:
+        loop.call_later(attempt.began + attempt.config.time_limit_s - time.monotonic(), ask, "time_limit_s")
+    return asyncio.create_task(_look_for_requests(attempt.directory, ask))
+
+
+async def _look_for_requests(directory: RunDirectory, ask: Callable[[str], None]) -> None:
+    """Every second, for ever: a file can ask from any machine that sees the run's directory."""
+    while True:
+        if directory.take_stop_request():
+            ask("sgpo-dist stop")
+        await asyncio.sleep(LOOK_EVERY_S)
 
 
 # ---- where things run -------------------------------------------------------------------------------------------------------------
@@ -293,7 +431,7 @@ def _require_gpus(config: Config) -> None:
         )
 
 
-async def _start_buffer(directory: RunDirectory, parts: list[Callable[[], Awaitable[None]]]) -> tuple[Any, int]:
+async def _start_buffer(directory: RunDirectory, parts: Parts) -> tuple[Any, int]:
     """The buffer's actor on the driver's node, restarted by Ray on its file; and this driver's incarnation."""
     handle = (
         ray.remote(PairBuffer)
@@ -304,7 +442,7 @@ async def _start_buffer(directory: RunDirectory, parts: list[Callable[[], Awaita
     async def end() -> None:
         ray.kill(handle)
 
-    parts.append(end)
+    parts.ends.append(end)
     return handle, await RemoteBuffer(handle).begin_incarnation()
 
 
@@ -370,7 +508,35 @@ def fleet_spec(config: Config, directory: RunDirectory, placement: Placement, pr
     )
 
 
-def _store(config: Config, directory: RunDirectory, warn: Callable[[str], None]) -> CheckpointStore:
+def _start_copier(config: Config, directory: RunDirectory, recorder: Recorder, parts: Parts) -> CheckpointCopier | None:
+    """None where no copies are asked for. Among the parts it ends last, when nothing can be committed any more."""
+    settings, loop = config.checkpoint, asyncio.get_running_loop()
+    if settings.copy_to is None:
+        return None
+    place = Place(f"{settings.copy_to.rstrip('/')}/{config.run_name}")
+
+    def done(outcome: CopyOutcome) -> None:  # in the copier's thread
+        loop.call_soon_threadsafe(_note_copy, outcome, recorder)
+
+    copier = CheckpointCopier(directory.path, place, keep_last=settings.keep_last, keep_every=settings.keep_every, done=done)
+
+    async def end() -> None:
+        if not await asyncio.to_thread(copier.finish, settings.copy_timeout_s):
+            recorder.message(f"the last checkpoint was not copied to {settings.copy_to} within checkpoint.copy_timeout_s")
+
+    parts.ends.append(end)
+    return copier
+
+
+def _note_copy(outcome: CopyOutcome, recorder: Recorder) -> None:
+    recorder.event("checkpoint_copied", **asdict(outcome))
+    if outcome.problem:
+        recorder.message(f"the checkpoint of step {outcome.step} was not copied to checkpoint.copy_to: {outcome.problem}")
+
+
+def _store(
+    config: Config, directory: RunDirectory, warn: Callable[[str], None], copier: CheckpointCopier | None = None
+) -> CheckpointStore:
     return CheckpointStore(
         directory.checkpoints,
         run_id=directory.run_id,
@@ -379,4 +545,5 @@ def _store(config: Config, directory: RunDirectory, warn: Callable[[str], None])
         min_free_bytes=int(config.cluster.min_free_disk_gib * 2**30),
         warn=warn,
         crash_point=crash_point(os.environ),
+        copier=copier,
     )

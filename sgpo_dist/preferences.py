@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sgpo_dist.config import PreferenceConfig
@@ -22,7 +22,7 @@ from sgpo_dist.records import PreferencePair, Stage, TokenExample
 from sgpo_dist.roles import BufferCounts, StagePlan
 from sgpo_dist.run import Progress, Run
 from sgpo_dist.separate_improver import collect_apart
-from sgpo_dist.stage import after_step, enter_stage, generation_task, save_checkpoint
+from sgpo_dist.stage import after_step, enter_stage, generation_task, publish_weights, record_step, save_checkpoint
 
 HEALTH_PROMPTS = 24
 """Held-out prompts of a check in the middle of the stage."""
@@ -43,15 +43,30 @@ async def optimise_preferences(run: Run) -> None:
         if batch is None:
             run.recorder.message(f"prompts are used up after {run.progress.step} of {settings.total_steps} steps: the stage ends here")
             break
-        metrics = dict(await run.learner.preference_step(step, batch.pairs, batch.replay))
-        run.stepped(step)
-        metrics |= {"staleness": batch.staleness, "time/wait_for_batch": batch.waited_s}
-        keep_count(run, metrics, batch.pairs + batch.replay)
-        reason = await watch.observe(metrics, batch.pairs)
-        if reason is not None and await brake(run, reason, watch.is_new):
+        async with run.stop.held:
+            is_braked = await train_step(run, watch, step, batch)
+        if is_braked:
             break
-        await after_step(run, metrics, publish=supply.is_online and step % run.config.weights.weight_sync_interval == 0)
     await run.fleet.end()
+
+
+async def train_step(run: Run, watch: Watch, step: int, batch: StepBatch) -> bool:
+    """One optimiser step and all that follows from it; whether a brake ends the stage. Raises StoppedOnRequest when it pauses the run."""
+    metrics = dict(await run.learner.preference_step(step, batch.pairs, batch.replay))
+    run.stepped(step)
+    metrics |= {"staleness": batch.staleness, "time/wait_for_batch": batch.waited_s}
+    keep_count(run, metrics, batch.pairs + batch.replay)
+    reason = await watch.observe(metrics, batch.pairs)
+    if reason is not None and await brake(run, reason, watch.is_new, metrics):
+        return True
+    due = step % run.config.weights.weight_sync_interval == 0
+    await after_step(run, metrics, publish=due and is_online(run.config.preference))
+    return False
+
+
+def is_online(settings: PreferenceConfig) -> bool:
+    """Whether the workers go on making pairs while the learner trains, and so need its weights."""
+    return settings.pairs != "given" and settings.collect == "online"
 
 
 # ---- where pairs come from -------------------------------------------------------------------------------------------------------
@@ -74,12 +89,6 @@ class PairSupply:
     run: Run
     given: tuple[PreferencePair, ...]
     improver_rows: tuple[TokenExample, ...]
-
-    @property
-    def is_online(self) -> bool:
-        """Whether the workers go on making pairs while the learner trains, and so need its weights."""
-        settings = self.run.config.preference
-        return settings.pairs != "given" and settings.collect == "online"
 
     async def batch(self, step: int) -> StepBatch | None:
         """None when the stage can never fill it."""
@@ -188,12 +197,18 @@ class Watch:
             counts = await self._run.buffer.counts(Stage.PREFERENCE)
             metrics |= refusal_health(self._counts, counts)
             self._counts = counts
-        if settings.health_steps and self._run.progress.step % settings.health_steps == 0:
-            found = await improver_check(self._run, HEALTH_PROMPTS)
-            metrics |= found
-            shown = {name.removeprefix("improver/"): value for name, value in found.items()}
-            self._run.recorder.event("improver_check", step=self._run.progress.step, **shown)
+        if settings.health_steps and self._run.progress.step % settings.health_steps == 0 and not self._run.stop.reason:
+            metrics |= await self._check_improver()
         return None if is_skipped(metrics) else self._brakes.observe(metrics)
+
+    async def _check_improver(self) -> Mapping[str, float]:
+        """On the workers' weights, which are made the newest where no step does that: online they are at most a sync interval old."""
+        run = self._run
+        if run.unpublished_steps and not is_online(run.config.preference):
+            await publish_weights(run, run.progress.version + 1)
+        found = await improver_check(run, HEALTH_PROMPTS)
+        run.recorder.event("improver_check", step=run.progress.step, **{name.removeprefix("improver/"): value for name, value in found.items()})
+        return found
 
     @property
     def is_new(self) -> bool:
@@ -201,8 +216,8 @@ class Watch:
         return self._brakes.is_new
 
 
-async def brake(run: Run, reason: str, is_new: bool) -> bool:
-    """Do what ``preference.brakes.action`` says; whether the stage ends here. Raises StoppedOnRequest for 'pause'."""
+async def brake(run: Run, reason: str, is_new: bool, metrics: Mapping[str, float]) -> bool:
+    """Do what ``preference.brakes.action`` says; whether the stage ends here, then with ``metrics`` recorded. Raises StoppedOnRequest for 'pause'."""
     action = run.config.preference.brakes.action
     if action == "off" or (action == "warn" and not is_new):
         return False
@@ -211,6 +226,7 @@ async def brake(run: Run, reason: str, is_new: bool) -> bool:
     if action == "warn":
         run.recorder.message(f"{line} (preference.brakes.action=warn: going on)")
         return False
+    record_step(run, metrics)
     if action == "pause":
         await save_checkpoint(run, run.stage, run.progress.step)
         raise StoppedOnRequest(f"paused by the {line}; run the same command with preference.brakes.action=warn to go on all the same")
@@ -229,5 +245,6 @@ async def roll_back(run: Run, reason: str) -> None:
         await run.learner.load(str(checkpoint.path / "learner"))
     run.moved(step=step, global_step=before.global_step - (before.step - step))
     run.unpublished_steps += 1  # the workers hold weights that no longer are
+    run.unsaved_steps = 0
     run.recorder.event("rolled_back", stage=run.stage.value, from_step=before.step, to_step=step, reason=reason)
     run.recorder.message(f"rolled back from step {before.step} to step {step}, where the stage ends: {reason}")

@@ -24,6 +24,8 @@ from rich.console import Console
 from sgpo_dist.config import Config
 from sgpo_dist.display import Display, Status, open_display
 from sgpo_dist.errors import EnvironmentProblem
+from sgpo_dist.faults import STEP, Mark, Tally, summary_line
+from sgpo_dist.processes import end_earlier_attempts, marked
 from sgpo_dist.run_directory import RunDirectory
 from sgpo_dist.sanitize import one_line, redact, redact_text, secret_values
 
@@ -45,6 +47,8 @@ WAIT_METRICS: Final = {"time/wait_for_batch": "learner waits for pairs", "time/p
 """Seconds a step spent waiting -> how to say it."""
 
 WORTH_SAYING: Final = 0.1
+LAST_TIME: Final = 1e11
+"""Unix time of the year 5138; a row later than that is damaged."""
 
 
 class Tracker(Protocol):
@@ -73,6 +77,9 @@ class Recorder:
         totals: Mapping[str, int] | None = None,
     ) -> None:
         """``secrets`` are hidden in every text; ``totals`` are the steps of stages that are known beforehand."""
+        self._tally = Tally()
+        for mark in read_marks(events_file, metrics_file):
+            self._tally.see(mark)
         self._metrics = _LineFile(metrics_file)
         self._events = _LineFile(events_file)
         self._display = display
@@ -100,8 +107,13 @@ class Recorder:
         )
         try:
             recorder.event("attempt", incarnation=directory.incarnation, run_id=directory.run_id, pid=os.getpid())
-            yield recorder
+            if left := end_earlier_attempts(directory.run_id, directory.incarnation):
+                recorder.event("leftovers_ended", processes=left)
+            with marked(os.environ, directory.run_id, directory.incarnation):
+                yield recorder
+            recorder.say_faults()
         except BaseException as error:
+            recorder.say_faults()
             recorder.event("attempt_ended", incarnation=directory.incarnation, reason=type(error).__name__, detail=one_line(str(error)))
             raise
         else:
@@ -112,7 +124,8 @@ class Recorder:
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """The metrics of one optimiser step (1-based in its stage); names as in docs/metrics.md."""
         wall = self._wall()
-        values = {name: float(value) for name, value in metrics.items()}
+        self._tally.see(Mark(wall, STEP, {"stage": str(stage), "step": step}))
+        values = {name: float(value) for name, value in metrics.items()} | self._fault_metrics()
         self._metrics.write({"time": wall, "stage": str(stage), "step": step, **values})
         for tracker in self._trackers:
             tracker.log(str(stage), step, values, wall)
@@ -121,7 +134,9 @@ class Recorder:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Something that happens seldom (a published version, a lost worker, a checkpoint); ``fields`` are plain JSON values."""
-        self._events.write({"time": self._wall(), "kind": kind, **self._without_secrets(redact(fields))})
+        wall = self._wall()
+        self._tally.see(Mark(wall, kind, fields))
+        self._events.write({"time": wall, "kind": kind, **self._without_secrets(redact(fields))})
 
     def status(self, **fields: Any) -> None:
         """Fields of ``display.Status`` that changed between steps: doing, waits, gate, pairs, total and so on."""
@@ -137,6 +152,11 @@ class Recorder:
         self.event("message", text=text)
         self._display.message(redact_text(text, self._secrets))
 
+    def say_faults(self) -> None:
+        """One line about what was lost and what it cost, over all attempts; nothing where nothing was."""
+        if line := summary_line(self._tally.summary()):
+            self.message(line)
+
     def close(self) -> None:
         """Files and trackers are written out, the terminal is as it was."""
         for tracker in self._trackers:
@@ -144,6 +164,11 @@ class Recorder:
         self._display.close()
         self._metrics.close()
         self._events.close()
+
+    def _fault_metrics(self) -> dict[str, float]:
+        """Gauges of the whole run so far; none outside an attempt."""
+        summary = self._tally.summary()
+        return {"faults/restarts": float(len(summary.faults)), "time/ettr": summary.ettr} if summary.wall_s > 0 else {}
 
     def _after_step(self, stage: str, step: int, values: Mapping[str, float]) -> Status:
         now = self._monotonic()
@@ -182,7 +207,7 @@ class _LineFile:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         torn = _ends_inside_a_line(path)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._file: TextIO = path.open("a", encoding="utf-8", errors="backslashreplace")  # half a surrogate pair becomes its JSON escape
         if torn:
             self._file.write("\n")  # a crash cut the last line; the next one must not continue it
 
@@ -246,19 +271,30 @@ def read_metrics(path: Path) -> list[MetricRow]:
 
 def read_events(path: Path) -> list[EventRow]:
     """Every event in file order."""
-    trees = [tree for tree in _read_lines(path) if "time" in tree and "kind" in tree]
+    trees = [tree for tree in _read_lines(path) if "kind" in tree]
     return [EventRow(float(tree.pop("time")), str(tree.pop("kind")), tree) for tree in trees]
 
 
+def read_marks(events_file: Path, metrics_file: Path) -> list[Mark]:
+    """Everything that the two files tell, in time order, every row of a repeated step; metrics themselves are left out."""
+    marks = [Mark(event.time, event.kind, event.fields) for event in read_events(events_file)]
+    for tree in _read_lines(metrics_file):
+        try:
+            marks.append(Mark(float(tree["time"]), STEP, {"stage": str(tree["stage"]), "step": int(tree["step"])}))
+        except (KeyError, TypeError, ValueError):
+            continue
+    return sorted(marks, key=lambda mark: mark.time)
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The file's objects; a line that a crash cut is passed over, a missing file is empty."""
+    """The file's objects that have a time; a line that a crash cut is passed over, a missing file is empty."""
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
         try:
             tree = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(tree, dict):
+        if isinstance(tree, dict) and isinstance(tree.get("time"), int | float) and 0 <= tree["time"] < LAST_TIME:
             found.append(tree)
     return found
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from sgpo_dist.records import Prompt, Stage
 from sgpo_dist.roles import Buffer, Fleet, GenerationTask, Learner, LearnerStage, LossPlan, OptimiserPlan, Sampling
 
 FINISHED = "finished"
+CANCEL_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +59,46 @@ def settled_by(facts: Mapping[str, Any]) -> list[tuple[Stage, int]]:
 
 @dataclass(slots=True)
 class StopRequest:
-    """Set by a signal, read between steps. ``reason`` is empty while nobody asked."""
+    """Somebody wants the run to stop: a signal, ``sgpo-dist stop``, ``time_limit_s``. ``reason`` is empty while nobody does.
+
+    Whatever is awaited is cut short for it, save what is done with ``held``: an optimiser step with all that follows from it, a checkpoint.
+    """
 
     reason: str = ""
+    held: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _asked: asyncio.Event = field(default_factory=asyncio.Event)
 
     def ask(self, reason: str) -> None:
         """The first reason stands."""
         self.reason = self.reason or reason
+        self._asked.set()
+
+    async def comes_before(self, work: asyncio.Future[Any]) -> bool:
+        """Wait for ``work``, or cut it short when a stop is asked for and ``held`` is free; tells whether it was cut. Raises what ended it."""
+        due = asyncio.ensure_future(self._due())
+        try:
+            await asyncio.wait({work, due}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            due.cancel()
+            await _end(work)
+            if due.done() and not due.cancelled():
+                self.held.release()
+        if work.cancelled():
+            return True
+        work.result()
+        return False
+
+    async def _due(self) -> None:
+        """Returns with ``held`` taken, so that nothing that must not be cut short begins any more."""
+        await self._asked.wait()
+        await self.held.acquire()
+
+
+async def _end(work: asyncio.Future[Any]) -> None:
+    """Cancel it until it ends: before Python 3.12 ``wait_for`` swallows a cancellation that meets its answer."""
+    while not work.done():
+        work.cancel()
+        await asyncio.wait({work}, timeout=CANCEL_AGAIN_S)
 
 
 @dataclass(slots=True)
@@ -80,7 +115,10 @@ class Faults:
 
 @dataclass(slots=True)
 class Run:
-    """All parts of one run. The workers hold version ``published``, the weights after step ``published_step`` of the run; ``task`` is their last."""
+    """All parts of one run. The workers hold version ``published``, the weights after step ``published_step`` of the run; ``task`` is their last.
+
+    ``unsaved_steps`` are the learner's since the newest checkpoint.
+    """
 
     config: Config
     directory: Path
@@ -99,6 +137,7 @@ class Run:
     published: int = -1
     published_step: int = -1
     unpublished_steps: int = 0
+    unsaved_steps: int = 0
     task: GenerationTask | None = None
     stop: StopRequest = field(default_factory=StopRequest)
     faults: Faults = field(default_factory=Faults)
@@ -140,9 +179,10 @@ class Run:
         self.progress = replace(self.progress, **changes)
 
     def stepped(self, step: int) -> None:
-        """One more optimiser step is done, of which the workers know nothing yet."""
+        """One more optimiser step is done, of which the workers and the checkpoints know nothing yet."""
         self.moved(step=step, global_step=self.progress.global_step + 1)
         self.unpublished_steps += 1
+        self.unsaved_steps += 1
 
     def round_dir(self, number: int) -> Path:
         """The model that round ``number`` (from 1) of the preference stage begins with: its frozen reference."""

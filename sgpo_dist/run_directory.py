@@ -26,17 +26,21 @@ from sgpo_dist.sanitize import redact
 
 CONFIG_NAME: Final = "config.resolved.yaml"
 LOCK_NAME: Final = "run.lock"
+STOP_NAME: Final = "stop"
 RUN_FILE_NAME: Final = "run.json"
 SHOWN_DIFFERENCES: Final = 3
+EVALUATE_AGAIN: Final = "delete it and run the same training command again"
 LOCK_TRIES: Final = 3
 LOCK_PAUSE_S: Final = 0.02
 
 FREE_TO_CHANGE: Final = (
     "output_dir",
+    "time_limit_s",
     "logging",
     "checkpoint",
     "cluster",
     "rollout.num_rollout_workers",
+    "rollout.tensor_parallel_size",
     "rollout.concurrency",
     "rollout.gpu_memory_utilization",
     "rollout.kv_cache_gib",
@@ -44,15 +48,22 @@ FREE_TO_CHANGE: Final = (
     "rollout.start_timeout_s",
     "rollout.heartbeat_timeout_s",
     "rollout.max_restarts",
+    "learner.num_ranks",
+    "learner.gpus_per_rank",
+    "learner.threads_per_rank",
+    "learner.zero_stage",
+    "learner.gradient_checkpointing",
+    "learner.max_tokens_per_micro_batch",
     "learner.step_timeout_s",
     "learner.max_restarts",
     "learner.max_bad_steps",
     "improver.gate",
     "preference.brakes",
     "preference.health_steps",
+    "weights.transport",
     "weights.timeout_s",
 )
-"""Keys that a resumed run may set otherwise: they change how it is watched and run, not what it trains. total_steps may also grow."""
+"""Keys that a resumed run may set otherwise: they change how and where it runs, not what it trains. total_steps may also grow."""
 
 
 class RunRecord(BaseModel):
@@ -90,7 +101,9 @@ class RunDirectory:
         except OSError as problem:
             raise _unwritable(path, problem) from problem
         try:
-            yield cls(path, _enter(path, config, resume, new_id))
+            directory = cls(path, _enter(path, config, resume, new_id))
+            directory.take_stop_request()  # one that came too late for the driver before
+            yield directory
         finally:
             os.close(lock)
 
@@ -99,6 +112,18 @@ class RunDirectory:
         record = self.record.model_copy(update={"finished_steps": self.record.total_steps})
         _write_durably(self.path / RUN_FILE_NAME, record.model_dump_json(indent=2) + "\n")
         return RunDirectory(self.path, record)
+
+    def request_stop(self) -> None:
+        """Ask the run's driver, on whatever machine, to stop after a checkpoint; it looks every second."""
+        (self.path / STOP_NAME).touch()
+
+    def take_stop_request(self) -> bool:
+        """Whether somebody asked; the request is gone then. Only the driver may call this."""
+        try:
+            (self.path / STOP_NAME).unlink()
+        except OSError:  # it is not there, or its disk is away for a moment
+            return False
+        return True
 
     @property
     def run_id(self) -> str:
@@ -208,6 +233,15 @@ def find_run(name: str, runs: Path = Path("runs")) -> RunDirectory:
     )
 
 
+@contextmanager
+def read_whole(path: Path, advice: str = "restore it from a backup") -> Iterator[None]:
+    """The door for those who read a run's files: whatever a damaged one leads to becomes one RunFailed that names it."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, yaml.YAMLError):
+        raise RunFailed(f"{path} is damaged; {advice}") from None
+
+
 def driver_of(run: RunDirectory) -> int | None:
     """The process id of the driver that works on the run now, or None."""
     try:
@@ -217,7 +251,8 @@ def driver_of(run: RunDirectory) -> int | None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return int((os.read(descriptor, 32).split() or [b"0"])[0])
+        holder = (os.read(descriptor, 32).split() or [b"0"])[0]
+        return int(holder) if holder.isdigit() else 0
     finally:
         os.close(descriptor)
     return None

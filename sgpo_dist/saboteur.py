@@ -24,17 +24,17 @@ from typing import Any, Final, Protocol, TypeVar
 import psutil
 
 from sgpo_dist.chaos import (
+    DAMAGE,
     KINDS,
-    STEP,
     STOPPED,
     STORED,
     Deed,
     Fault,
     Injected,
-    Mark,
     Outcome,
     Part,
     Record,
+    Sample,
     draw_faults,
     is_steady,
     outcome_of,
@@ -43,12 +43,17 @@ from sgpo_dist.chaos import (
 )
 from sgpo_dist.checkpoint import CheckpointStore
 from sgpo_dist.errors import CheckpointError
+from sgpo_dist.faults import STEP, Mark
+from sgpo_dist.processes import SHARED_MEMORY, remove_segments
 from sgpo_dist.run_directory import open_run
 
 POLL_S: Final = 0.5
-MEMORY_EVERY_S: Final = 5.0
+SAMPLE_EVERY_S: Final = 30.0
 GRACE_S: Final = 60.0
 """How long processes may take to end after their driver."""
+
+ROLES: Final = {"ray::RolloutActor": "worker", "VLLM::": "engine", "ray::PairBuffer": "buffer", "ray::RankHost": "learner"}
+"""How a process' title begins -> whose memory it is; whatever else there is belongs to Ray."""
 
 T = TypeVar("T")
 
@@ -87,7 +92,7 @@ class Victims(Protocol):
         """The exit code of the same command while the first one runs; None when it had to be ended."""
 
     def leftovers(self) -> list[str]:
-        """Processes that outlived the driver although they had time to end, as words; they are ended."""
+        """Processes that outlived the driver although they had time to end, and shared memory without them, as words; all is removed."""
 
     def now(self) -> float:
         """Unix time."""
@@ -199,7 +204,7 @@ class Saboteur:
     def _victim(self, fault: Fault) -> int:
         """One of the processes that this kind may hit, once there is one (and what is to be damaged is there)."""
         kind = KINDS[fault.kind]
-        if kind.deed in (Deed.FLIP, Deed.CUT):
+        if kind.deed in DAMAGE:
             self._must(lambda: self._run.checkpoints() >= 2, f"{fault.kind}: no second checkpoint (checkpoint.keep_last, checkpoint.save_steps)")
         found = self._must(lambda: self._run.pids(kind.title), f"{fault.kind}: no process {kind.title}")
         return found[int(fault.victim * len(found))]
@@ -232,7 +237,7 @@ class Saboteur:
         code = self._ended(fault.kind)
         if deed is Deed.STOP and code != STOPPED:
             raise _RunEndedError(code)  # 0: it was done first
-        detail = self._run.damage(deed, fault.victim, fault.size) if deed in (Deed.FLIP, Deed.CUT) else ""
+        detail = self._run.damage(deed, fault.victim, fault.size) if deed in DAMAGE else ""
         self._run.start()
         return replace(done, detail=detail, code=code)
 
@@ -317,9 +322,9 @@ class LiveRun:
         self._events, self._metrics = _Tail(directory / "events.jsonl"), _Tail(directory / "metrics.jsonl")
         self._damaged: set[tuple[str, int]] = set()
         self._stored = 0
-        self._measured_at = 0.0
-        self.memory: list[int] = []
-        """Resident bytes of all processes of the run every ``MEMORY_EVERY_S`` seconds; pages that several share count in each."""
+        self._sampled_at = 0.0
+        self.samples: list[Sample] = []
+        """One every ``SAMPLE_EVERY_S`` seconds while a driver lives."""
 
     def start(self) -> None:
         """See Victims."""
@@ -407,7 +412,7 @@ class LiveRun:
         for process in self._seen:
             with suppress(psutil.Error):
                 process.kill()
-        return words
+        return words + [f"shared memory {name}" for name in remove_segments(self._directory / "logs")]
 
     def _remember(self) -> None:
         """All descendants of the driver and of what it or an earlier one left: after a kill they are nobody's children."""
@@ -415,9 +420,9 @@ class LiveRun:
         self._seen = {process for process in self._seen if _is_alive(process)}
         family = _family({*driver, *(process.pid for process in self._seen)})
         self._seen |= {process for process in family if process.pid not in driver and _is_alive(process)}
-        if driver and self._clock() - self._measured_at >= MEMORY_EVERY_S:
-            self._measured_at = self._clock()
-            self.memory.append(sum(map(_resident, family)))
+        if driver and self._clock() - self._sampled_at >= SAMPLE_EVERY_S:
+            self._sampled_at = self._clock()
+            self.samples.append(take_sample(family, driver[0], self._sampled_at))
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------------------------
 
@@ -429,7 +434,7 @@ class LiveRun:
         return sorted((self._directory / "checkpoints").glob("step-*"))
 
     def damage(self, deed: Deed, file: float, place: float) -> str:
-        """See Victims. FLIP turns all bits of the byte at ``place``, CUT ends the file there."""
+        """See Victims. FLIP turns all bits of the byte at ``place``, CUT ends the file there, DROP removes it."""
         newest = self._newest_of_several()
         if newest is None:
             return ""
@@ -456,7 +461,10 @@ def _made(checkpoint: Path) -> tuple[str, int]:
 
 
 def damage_file(path: Path, deed: Deed, place: float) -> None:
-    """FLIP: the byte at share ``place`` of the file becomes another; CUT: what begins there is gone."""
+    """FLIP: the byte at share ``place`` of the file becomes another; CUT: what begins there is gone; DROP: all of it is."""
+    if deed is Deed.DROP:
+        path.unlink()
+        return
     offset = int(place * path.stat().st_size)
     with path.open("r+b") as file:
         if deed is Deed.CUT:
@@ -526,8 +534,26 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def _resident(process: psutil.Process) -> int:
+def take_sample(family: Sequence[psutil.Process], driver: int, now: float, shared: Path = SHARED_MEMORY) -> Sample:
+    """What the processes hold; one that ends meanwhile holds nothing."""
+    resident: dict[str, int] = defaultdict(int)
+    files = 0
+    for process in family:
+        with suppress(psutil.Error):
+            role = "driver" if process.pid == driver else _role(process)
+            resident[role] += int(process.memory_info().rss)
+            files += process.num_fds()
+    return Sample(now, dict(resident), sum(_size(path) for path in shared.glob("*")), files, len(family))
+
+
+def _role(process: psutil.Process) -> str:
+    title = process.name()
+    return next((role for start, role in ROLES.items() if title.startswith(start)), "ray")
+
+
+def _size(path: Path) -> int:
+    """Bytes that a file really takes."""
     try:
-        return int(process.memory_info().rss)
-    except psutil.Error:
+        return path.stat().st_blocks * 512
+    except OSError:
         return 0

@@ -20,13 +20,17 @@ SHORTEST_SECRET: Final = 6
 """A shorter value is not searched for in running text: it would blot out ordinary words."""
 
 _ANSI: Final = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[PX^_][^\x1b]*(?:\x1b\\)?|[ -/]*[0-~])")
-_CONTROL: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]")
+_CONTROL: Final = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028\u2029\u202a-\u202e\u2060-\u2069\u061c\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
 _SECRET_NAME: Final = re.compile(r"token(?!s|iz)|key(?!word)|secret|passw(?:or)?d|credential", re.IGNORECASE)
+_SECRET_SHAPE: Final = re.compile(r"(?<=://)[^\s/]+(?=@)|\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[oprsu]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16})")
+"""What is a secret wherever it stands: user and password of an address, and the tokens of hubs and endpoints."""
 _COLUMN_NAMES: Final = frozenset({"input_key", "reference_key"})
 
 
 def terminal_text(text: str) -> str:
-    """``text`` without escape sequences, control characters (newline and tab stay) and marks that change the reading direction."""
+    """``text`` without escape sequences, control characters (newline and tab stay), marks that change the reading direction and what is no text."""
     return _CONTROL.sub("", _ANSI.sub("", text.replace("\r\n", "\n").replace("\r", "\n")))
 
 
@@ -47,11 +51,11 @@ def is_secret_name(name: str) -> bool:
 
 
 def redact(value: Any, name: str = "") -> Any:
-    """A copy of a plain tree in which every text under a secret name is hidden; numbers, flags and None stay as they are."""
+    """A copy of a plain tree in which every text under a secret name is hidden, and what looks like a secret elsewhere; all else stays as it is."""
     if isinstance(value, Mapping):
         return {key: redact(item, str(key) if not is_secret_name(name) else name) for key, item in value.items()}
     if isinstance(value, str):
-        return HIDDEN if value and is_secret_name(name) else value
+        return HIDDEN if value and is_secret_name(name) else _SECRET_SHAPE.sub(HIDDEN, value)
     if isinstance(value, Sequence) and not isinstance(value, bytes):
         return [redact(item, name) for item in value]
     return value
@@ -64,10 +68,10 @@ def secret_values(environment: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def redact_text(text: str, secrets: Collection[str]) -> str:
-    """``text`` with every occurrence of a known secret value hidden."""
+    """``text`` with every occurrence of a known secret value hidden, and what looks like one."""
     for secret in secrets:
         text = text.replace(secret, HIDDEN)
-    return text
+    return _SECRET_SHAPE.sub(HIDDEN, text)
 
 
 def safe_join(root: Path, *parts: str) -> Path:

@@ -1,4 +1,4 @@
-"""What every stage does: enter, publish weights, step, save. The story's verbs, one each.
+"""What every stage does: enter, publish weights, step, save, stop. The story's verbs, one each.
 
 Called by ``story`` and ``preferences``. Start-up, resume and a learner's recovery are one path through ``enter_stage``: weights first, then
 leases.
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
 
 from sgpo_dist.config import AgreementConfig
 from sgpo_dist.endpoint import shared_among
@@ -73,24 +74,34 @@ async def save_checkpoint(run: Run, settled: Stage, step: int) -> None:
     await run.buffer.backup(str(draft / "buffer.db"))
     await asyncio.to_thread(run.store.commit, draft, run.progress.global_step, run.progress.facts() | {"settled": [settled.value, step]})
     await run.buffer.commit(run.incarnation, settled, step)
-    run.faults.losses = 0
+    run.faults.losses = run.unsaved_steps = 0
     await asyncio.to_thread(run.store.prune)
     run.recorder.event("checkpoint", step=run.progress.global_step)
 
 
+async def stop_here(run: Run) -> NoReturn:
+    """A checkpoint of the steps that none holds yet, then StoppedOnRequest. At a stage's start everything there is lies on disk already."""
+    step, stage = run.progress.step, run.stage
+    if run.unsaved_steps:
+        await save_checkpoint(run, stage, step)
+    where = f"after step {step} of stage {stage.value}" if step else f"in stage {stage.value}, before its first step"
+    raise StoppedOnRequest(f"stopped by {run.stop.reason} {where}; run the same command to go on")
+
+
 async def after_step(run: Run, metrics: dict[str, float], publish: bool) -> None:
-    """Publish if it is due, record, save if it is due. Raises StoppedOnRequest after a checkpoint when a stop was asked for."""
+    """Publish if it is due, record, save if it is due."""
     if publish:
         started = time.monotonic()
         await publish_weights(run, run.progress.version + 1)
         metrics["time/publish"] = time.monotonic() - started
-    run.recorder.log(run.stage.value, run.progress.step, {**metrics, "version": run.progress.version})
-    stopping = run.stop.reason
-    if stopping or run.progress.step % run.config.checkpoint.save_steps == 0:
+    record_step(run, metrics)
+    if run.progress.step % run.config.checkpoint.save_steps == 0:
         await save_checkpoint(run, run.stage, run.progress.step)
-    if stopping:
-        where = f"step {run.progress.step} of stage {run.stage.value}"
-        raise StoppedOnRequest(f"stopped by {stopping} after {where}; run the same command to go on")
+
+
+def record_step(run: Run, metrics: Mapping[str, float]) -> None:
+    """The newest step's line of metrics."""
+    run.recorder.log(run.stage.value, run.progress.step, {**metrics, "version": run.progress.version})
 
 
 async def nll_stage(run: Run, batches: Sequence[tuple[TokenExample, ...]]) -> None:
@@ -98,10 +109,11 @@ async def nll_stage(run: Run, batches: Sequence[tuple[TokenExample, ...]]) -> No
     await enter_stage(run, len(batches))
     run.recorder.status(stage=run.stage.value, total=len(batches), doing="training")
     for step in range(run.progress.step + 1, len(batches) + 1):
-        metrics = dict(await run.learner.nll_step(step, batches[step - 1]))
-        run.stepped(step)
-        keep_count(run, metrics, batches[step - 1])
-        await after_step(run, metrics, publish=False)
+        async with run.stop.held:
+            metrics = dict(await run.learner.nll_step(step, batches[step - 1]))
+            run.stepped(step)
+            keep_count(run, metrics, batches[step - 1])
+            await after_step(run, metrics, publish=False)
 
 
 def note_rebuilt(run: Run) -> None:

@@ -19,12 +19,16 @@ from sgpo_dist.records import Completion, PreferencePair, Stage, TokenExample
 from sgpo_dist.recovery import go_back
 from sgpo_dist.roles import StagePlan
 from sgpo_dist.run import Run
-from sgpo_dist.stage import enter_stage, generation_task, nll_stage, publish_weights, save_checkpoint
+from sgpo_dist.stage import enter_stage, generation_task, nll_stage, publish_weights, save_checkpoint, stop_here
 
 
 async def train(run: Run) -> None:
-    """Every stage that is left, each leaving a model; start-up, resume and recovery are one path: weights first, then leases."""
-    await _supervised(run, _walk_stages)
+    """Every stage that is left, each leaving a model; start-up, resume and recovery are one path: weights first, then leases.
+
+    Raises StoppedOnRequest, after a checkpoint, when a stop is asked for.
+    """
+    if await run.stop.comes_before(asyncio.ensure_future(_supervised(run, _walk_stages))):
+        await stop_here(run)
 
 
 async def _walk_stages(run: Run) -> None:
@@ -34,6 +38,7 @@ async def _walk_stages(run: Run) -> None:
             await _STAGES[run.stage](run)
             await finish_stage(run)
         except WorkerFault as fault:
+            run.unsaved_steps = 0  # what a lost learner did since the newest checkpoint is lost
             await go_back(run, fault)
 
 
@@ -70,9 +75,10 @@ async def finish_stage(run: Run) -> None:
     figures = await evaluate_heldout(run, stage.value)
     if stage is Stage.IMPROVER:
         improver_verdict(figures, run.config.improver.gate, run.recorder)
-    run.recorder.event("stage_finished", stage=stage.value, steps=steps, version=run.progress.version)
-    run.moved(stage=run.stage_after(stage), step=0, stage_version=run.progress.version)
-    await save_checkpoint(run, stage, steps)
+    async with run.stop.held:
+        run.recorder.event("stage_finished", stage=stage.value, steps=steps, version=run.progress.version)
+        run.moved(stage=run.stage_after(stage), step=0, stage_version=run.progress.version)
+        await save_checkpoint(run, stage, steps)
 
 
 async def _collect_revisions(run: Run) -> None:

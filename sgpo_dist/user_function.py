@@ -20,7 +20,7 @@ def load_function(name: str, key: str) -> Callable[..., Any]:
         raise ConfigError(f"{key} must be 'module:function', not '{name}'")
     try:
         module = importlib.import_module(module_name)
-    except Exception as problem:  # importing runs the user's code
+    except (Exception, SystemExit) as problem:  # importing runs the user's code, which may even end the program
         line = " ".join(f"{type(problem).__name__}: {problem}".split())
         raise ConfigError(f"{key}: module '{module_name}' cannot be imported: {line}") from problem
     function: Any = getattr(module, function_name, None)

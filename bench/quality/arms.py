@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from bench.quality.tasks import TASKS
+from bench.quality.tasks import Task
 
 RECIPE_VERSION: Final = 1
 
@@ -20,7 +20,7 @@ RECIPE_VERSION: Final = 1
 @dataclass(frozen=True, slots=True)
 class Arm:
     """``parent`` None starts from the initial model. ``improver_from`` names the arm whose model is a separate improver. ``swapped`` trains on its
-    pairs the wrong way round. ``rows`` cuts the references that it sees. ``shown`` = in the table.
+    pairs the wrong way round. ``rows`` cuts the references that it sees. ``shown`` = in the table (and scored). ``optional`` = run only when named.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Arm:
     swapped: bool = False
     rows: tuple[int, int | None] = (0, None)
     shown: bool = True
+    optional: bool = False
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -39,58 +40,84 @@ class Arm:
         return tuple(name for name in (self.parent, self.improver_from) if name is not None)
 
 
-def arm_key(task: str, name: str, seed: int) -> str:
+def arms_of(task: Task) -> dict[str, Arm]:
+    """The arms that fit a task by name, each after those that it needs; without those on given pairs where the task has none."""
+    arms = ARMS[task.family]
+    return {name: arm for name, arm in arms.items() if task.has_given_pairs or arm.overrides.get("preference.pairs") != "given"}
+
+
+def closed(names: Iterable[str], task: Task) -> list[str]:
+    """The arms and all that they start from, in the order in which they can run."""
+    arms, wanted = arms_of(task), set(names)
+    for name in reversed(list(arms)):  # every arm stands after what it needs
+        if name in wanted:
+            wanted |= set(arms[name].needs)
+    return [name for name in arms if name in wanted]
+
+
+def arm_key(task: Task, name: str, seed: int) -> str:
     """12 hex digits: a function of everything that decides the arm's figures but the code."""
-    arm = ARMS[task][name]
+    arm = ARMS[task.family][name]
     tree = {
         "version": RECIPE_VERSION,
-        "task": task,
-        "settings": dict(TASKS[task].settings),
+        "task": task.name,
+        "settings": dict(task.settings),
         "seed": seed,
         "stage": arm.stage,
         "overrides": dict(arm.overrides),
         "swapped": arm.swapped,
         "rows": list(arm.rows),
         "needs": [arm_key(task, need, seed) for need in arm.needs],
+        **task.facts,
     }
     return hashlib.blake2b(json.dumps(tree, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
-def ordered(task: str) -> list[str]:
-    """Names such that every arm comes after what it needs, else as written."""
-    return list(ARMS[task])
-
-
 # ---- orders ------------------------------------------------------------------------------------------------------------------------
 
+# Few references and many bare prompts. SFT sees the first 16 and knows them by heart; the improver repairs drafts of the other 16, where drafts
+# still have faults, and is also taught to leave good drafts alone. Pairs differ in a field or two of 58 tokens: such close pairs want 5e-5 in small
+# batches. A pair has to be what fresh draws of both roles side with. More SFT sees all 32.
+
 _SFT = {"sft.learning_rate": 1e-4, "sft.train_batch_size": 8}
+_SAMPLING = {
+    "rollout.policy.temperature": 1.0,
+    "rollout.policy.top_p": 1.0,
+    "rollout.improver.temperature": 0.3,
+    "rollout.improver.top_k": 40,
+}
 _IMPROVER = {
+    **_SAMPLING,
     "improver.train_batch_size": 8,
     "improver.learning_rate": 1e-4,
     "improver.epochs": 2,
     "improver.drafts_per_row": 3,
     "improver.filter.min_edit_ratio": 0.005,
     "improver.filter.fence": None,
-    "rollout.policy.temperature": 1.0,
-    "rollout.policy.top_p": 1.0,
 }
 _DPO = {
+    **_SAMPLING,
     "preference.beta": 0.1,
-    "preference.learning_rate": 2e-5,
+    "preference.learning_rate": 5e-5,
     "preference.nll_coef": 0.2,
     "preference.schedule": "linear",
     "preference.collect": "first",
-    "learner.train_batch_size": 8,
-    "rollout.policy.temperature": 1.0,
-    "rollout.policy.top_p": 1.0,
-    "rollout.improver.temperature": 0.3,
-    "rollout.improver.top_k": 40,
+    "learner.train_batch_size": 4,
     "preference.pair_gate.max_reference_overlap": 1.0,
-    "preference.total_steps": 100,
+    "preference.total_steps": 40,
 }
-_ORDERS_REPAIR = {"improver.reviser": "repair", "improver.repair": "sgpo_dist.starter.orders:repair"}
+_WIDE = {"preference.learning_rate": 2e-5}
+"""For pairs of a reference or given answer against another: they lie further apart."""
+_ORDERS_REPAIR = {
+    "improver.reviser": "repair",
+    "improver.repair": "sgpo_dist.starter.orders:repair",
+    "improver.keep_ratio": 0.5,
+    "improver.edit_weight": 2.0,
+}
 _DIRECT = {"improver.reviser": "reference", "improver.replay": "none"}
-_AGREEMENT = {"preference.agreement.draws": 3, "preference.agreement.margin": 2, "preference.agreement.vote": "equal"}
+_AGREEMENT = {"preference.agreement.draws": 2, "preference.agreement.margin": 2, "preference.agreement.vote": "equal"}
+_SCORER = "bench.quality.extraction:plausibility"
+_PLAUSIBLE = {"preference.pairs": "judge", "preference.judge.kind": "scorer", "preference.judge.scorer": _SCORER}
 
 _TAUGHT, _DRAFTED = (0, 16), (16, None)
 """References of the first SFT, and those whose drafts the improver repairs: on the former a model hardly errs any more."""
@@ -98,20 +125,64 @@ _TAUGHT, _DRAFTED = (0, 16), (16, None)
 _ORDERS = (
     Arm("base", "none"),
     Arm("sft", "sft", None, _SFT | {"sft.epochs": 8}, rows=_TAUGHT),
-    Arm("sft_more", "sft", "sft", _SFT | {"sft.epochs": 4}),
     Arm("improver", "improver", "sft", _IMPROVER | _ORDERS_REPAIR, rows=_DRAFTED, improver_role=True),
     Arm("sgpo", "preference", "improver", _DPO | _AGREEMENT, improver_role=True),
-    Arm("sgpo_ungated", "preference", "improver", _DPO, improver_role=True),
-    Arm("spin", "preference", "sft", _DPO | {"preference.pairs": "reference", "preference.epochs": 3}),
-    Arm("synpo_improver", "improver", "sft", _IMPROVER | _DIRECT, rows=_DRAFTED, improver_role=True, shown=False),
+    Arm("sft_more", "sft", "sft", _SFT | {"sft.epochs": 4}),
+    Arm("synpo_improver", "improver", "sft", _IMPROVER | _DIRECT, rows=_DRAFTED, shown=False),
     Arm("synpo", "preference", "sft", _DPO, improver_from="synpo_improver"),
-    Arm("dpo", "preference", "sft", _DPO | {"preference.pairs": "given", "preference.epochs": 3, "preference.collect": "online"}),
-    Arm(
-        "online_dpo",
-        "preference",
-        "sft",
-        _DPO | {"preference.pairs": "judge", "preference.judge.kind": "scorer", "preference.judge.scorer": "bench.quality.extraction:plausibility"},
-    ),
+    Arm("spin", "preference", "sft", _DPO | _WIDE | {"preference.pairs": "reference", "preference.epochs": 3}),
+    Arm("dpo", "preference", "sft", _DPO | _WIDE | {"preference.pairs": "given", "preference.epochs": 2, "preference.collect": "online"}),
+    Arm("sgpo_ungated", "preference", "improver", _DPO, improver_role=True, optional=True),
+    Arm("online_dpo", "preference", "sft", _DPO | _PLAUSIBLE, optional=True),
+)
+
+# ---- open-ended chat ---------------------------------------------------------------------------------------------------------------
+
+# The same starting point and sizes for all arms. SFT sees the first 40 references; the improver revises drafts of the rest by swapping in
+# sentences of the reference, revisions that come no nearer to it left out. ``direct`` and ``synpo`` take the reference itself as the target.
+
+_CHAT_TAUGHT, _CHAT_DRAFTED = (0, 40), (40, None)
+_CHAT_SAMPLING = {
+    "rollout.policy.temperature": 0.8,
+    "rollout.policy.top_p": 0.95,
+    "rollout.improver.temperature": 0.7,
+    "rollout.improver.top_k": 40,
+}
+_CHAT_IMPROVER = {
+    **_IMPROVER,
+    **_CHAT_SAMPLING,
+    "improver.epochs": 1,
+    "improver.filter.min_edit_ratio": 0.02,
+    "improver.filter.fence": 1.5,
+    "improver.filter.fence_statistic": "length_ratio",
+    "improver.filter.grader": "bench.quality.chat:similarity",
+    "improver.filter.min_gain": 0.02,
+}
+_BLEND = {"improver.reviser": "blend", "improver.blend_budget": 0.5, "improver.edit_weight": 2.0}
+_CHAT_DIRECT = {"improver.reviser": "reference"}
+_CHAT_DPO = {
+    **_DPO,
+    **_CHAT_SAMPLING,
+    "learner.train_batch_size": 8,
+    "preference.samples_per_prompt": 2,
+    "preference.total_steps": 20,
+    "preference.pair_gate.max_length_ratio": 1.5,
+}
+_CHAT_WIDE = {"preference.learning_rate": 1e-5, "preference.epochs": 2, "preference.samples_per_prompt": 1}
+_CHAT_AGREEMENT = {"preference.agreement.draws": 2, "preference.agreement.margin": 2, "preference.agreement.vote": "similarity"}
+
+_CHAT = (
+    Arm("base", "none"),
+    Arm("sft", "sft", None, _SFT | {"sft.epochs": 3}, rows=_CHAT_TAUGHT),
+    Arm("improver", "improver", "sft", _CHAT_IMPROVER | _BLEND, rows=_CHAT_DRAFTED, improver_role=True),
+    Arm("sgpo", "preference", "improver", _CHAT_DPO, improver_role=True),
+    Arm("sgpo_gated", "preference", "improver", _CHAT_DPO | _CHAT_AGREEMENT, improver_role=True),
+    Arm("direct", "improver", "sft", _CHAT_IMPROVER | _CHAT_DIRECT, rows=_CHAT_DRAFTED, improver_role=True),
+    Arm("synpo", "preference", "sft", _CHAT_DPO, improver_from="direct"),
+    Arm("sft_more", "sft", "sft", _SFT | {"sft.epochs": 2}),
+    Arm("spin", "preference", "sft", _CHAT_DPO | _CHAT_WIDE | {"preference.pairs": "reference"}),
+    Arm("dpo", "preference", "sft", _CHAT_DPO | _CHAT_WIDE | {"preference.pairs": "given", "preference.collect": "online"}),
+    Arm("sgpo_direct", "preference", "direct", _CHAT_DPO, improver_role=True, optional=True),
 )
 
 # ---- the synthetic language --------------------------------------------------------------------------------------------------------
@@ -174,6 +245,7 @@ _LANGUAGE = (
     Arm("sgpo_direct", "preference", "direct", _TINY_SGPO, improver_role=True),
     Arm("sgpo_separate", "preference", "sft", _TINY_DPO | _FIRST, improver_from="improver"),
     Arm("sgpo_first", "preference", "improver", _TINY_SGPO | _FIRST, improver_role=True),
+    Arm("sgpo_first_ungated", "preference", "improver", _TINY_DPO | _FIRST, improver_role=True),
     Arm("improver_fenced", "improver", None, _TINY_IMPROVER | {"improver.filter.fence": 1.5}, improver_role=True),
     Arm("sgpo_fenced", "preference", "improver_fenced", _TINY_SGPO, improver_role=True),
     Arm("sgpo_stale0", "preference", "improver", _staleness(0), improver_role=True),
@@ -183,6 +255,7 @@ _LANGUAGE = (
 
 ARMS: Final[Mapping[str, Mapping[str, Arm]]] = {
     "orders": {arm.name: arm for arm in _ORDERS},
+    "chat": {arm.name: arm for arm in _CHAT},
     "language": {arm.name: arm for arm in _LANGUAGE},
     "language-noisy": {arm.name: arm for arm in _LANGUAGE},
 }

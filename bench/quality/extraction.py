@@ -16,9 +16,9 @@ from typing import Any, Final
 
 from sgpo_dist.starter import orders
 
-NUM_REFERENCES: Final = 40
-NUM_PROMPTS: Final = 240
-NUM_HELD_OUT: Final = {"validation": 80, "test": 160}
+NUM_REFERENCES: Final = 32
+NUM_PROMPTS: Final = 320
+NUM_HELD_OUT: Final = {"validation": 60, "test": 100}
 _SEEDS: Final = {"validation": 9_001, "test": 9_002}
 
 

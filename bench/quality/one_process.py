@@ -23,13 +23,14 @@ from actors.vllm_engine import VllmEngine, engine_environment
 from sgpo_dist.buffer.service import PairBuffer
 from sgpo_dist.checkpoint import CheckpointStore
 from sgpo_dist.config import Config
+from sgpo_dist.curriculum import sft_examples
 from sgpo_dist.data.embedded_model import default_cache_root
 from sgpo_dist.data.loading import Corpus
 from sgpo_dist.errors import RunFailed
 from sgpo_dist.launch import engine_spec, fleet_spec, model_directory, place, probe_rows, probe_tolerance
 from sgpo_dist.prompts import PromptBook, load_tokenizer
 from sgpo_dist.recorder import Recorder
-from sgpo_dist.records import Completion, PreferencePair, Stage, TokenExample
+from sgpo_dist.records import Completion, PreferencePair, Prompt, Stage, TokenExample
 from sgpo_dist.roles import Buffer, GenerateRequest, GenerationTask, LearnerStage, Metrics, OptimiserPlan, WorkerStats
 from sgpo_dist.run import Progress, Run
 from sgpo_dist.run_directory import RunDirectory
@@ -46,6 +47,7 @@ class LocalWorker:
 
     worker_id: str
     worker: RolloutWorker
+    node: str = ""
 
     async def start(self) -> None:
         """The engine is up."""
@@ -198,6 +200,17 @@ class Workbench:
         finally:
             await learner.stop()
 
+    async def reference_logps(self, config: Config, model: Path, prompts: Sequence[Prompt]) -> list[float]:
+        """Log-likelihood per token (nats) of each prompt's reference under the model in a directory; the end token counts. All need a reference."""
+        rows = sft_examples(prompts, self._book)
+        learner = LocalLearner(await self._thread_call(self._new_rank, config), self._thread)
+        try:
+            await learner.begin_stage(LearnerStage(Stage.SFT, str(model), OptimiserPlan(config.sft.learning_rate, 1)))
+            sums = await learner.logps(rows)
+        finally:
+            await learner.stop()
+        return [total / len(row.completion_ids) for total, row in zip(sums, rows, strict=True)]
+
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
         """Completions of the weights that the engine holds, in the order of the requests."""
         return list(await asyncio.gather(*(self._engine.generate(request) for request in requests)))
@@ -239,7 +252,7 @@ class Workbench:
         settings = RolloutSettings("bench", config.rollout.max_model_len, spec.tolerance, config.rollout.concurrency, config.rollout.lease_s)
         gate = partial(gated_outcome, config.preference.pair_gate)
 
-        def launch(worker_id: str, index: int, count: int) -> LocalWorker:
+        def launch(worker_id: str, index: int, count: int, avoid: tuple[str, ...]) -> LocalWorker:
             return LocalWorker(worker_id, RolloutWorker(replace(settings, worker_id=worker_id), self._engine, buffer, self._book, gate, _give_up))
 
         return RayFleet(spec, buffer, recorder.event, launch)

@@ -20,9 +20,10 @@ from filelock import FileLock, Timeout
 
 from bench.quality.arms import ARMS, Arm, arm_key
 from bench.quality.one_process import Workbench
-from bench.quality.tasks import TASKS, Task
+from bench.quality.tasks import Score, Task
 from sgpo_dist.config import Config, load_config
 from sgpo_dist.evaluate.text_metrics import mean
+from sgpo_dist.launch import model_directory
 from sgpo_dist.prompts import parse_refinement
 from sgpo_dist.records import Completion, FinishReason, Prompt, Role, Stage, sampling_seed
 from sgpo_dist.roles import GenerateRequest, Sampling
@@ -50,13 +51,18 @@ class Place:
     """Where a task's runs lie, and which held-out split they are scored on."""
 
     root: Path
-    task: str
+    task: Task
     split: str
 
     @property
     def folder(self) -> Path:
         """Of the task."""
-        return self.root / self.task
+        return self.root / self.task.name
+
+    @property
+    def arms(self) -> Mapping[str, Arm]:
+        """All arms of the task's family."""
+        return ARMS[self.task.family]
 
     def arm(self, name: str, seed: int) -> Path:
         """Of one arm."""
@@ -68,7 +74,7 @@ class Place:
 
     def model(self, name: str, seed: int) -> Path:
         """The model that an arm leaves."""
-        return self.arm(name, seed) / "run" / "stages" / ARMS[self.task][name].stage
+        return self.arm(name, seed) / "run" / "stages" / self.arms[name].stage
 
 
 async def run_arms(place: Place, names: Sequence[str], seeds: Sequence[int], core: int) -> None:
@@ -78,13 +84,15 @@ async def run_arms(place: Place, names: Sequence[str], seeds: Sequence[int], cor
         while left := [(seed, name) for seed in seeds for name in names if not place.result(name, seed).is_file()]:
             did = False
             for seed, name in left:
-                ready = all(place.result(need, seed).is_file() for need in ARMS[place.task][name].needs)
+                ready = all(place.result(need, seed).is_file() for need in place.arms[name].needs)
                 with _claimed(place.folder / f"{name}-{seed}.lock") as mine:
                     if not mine or not ready or place.result(name, seed).is_file():
                         continue
-                    bench = bench or await _open(place, core)
-                    await _run_arm(bench, place, ARMS[place.task][name], seed)
                     did = True
+                    if _untrained_elsewhere(place, place.arms[name], seed):
+                        continue
+                    bench = bench or await _open(place, core)
+                    await _run_arm(bench, place, place.arms[name], seed)
             if not did:
                 await asyncio.sleep(BUSY_PAUSE_S)
     finally:
@@ -94,9 +102,9 @@ async def run_arms(place: Place, names: Sequence[str], seeds: Sequence[int], cor
 
 def arm_config(place: Place, arm: Arm, seed: int) -> Config:
     """The configuration of one arm."""
-    task = TASKS[place.task]
+    task = place.task
     stages = [] if arm.stage == "none" else [arm.stage]
-    start = str(place.model(arm.parent, seed)) if arm.parent and ARMS[place.task][arm.parent].stage != "none" else task.initial_model(place.folder)
+    start = str(place.model(arm.parent, seed)) if arm.parent and place.arms[arm.parent].stage != "none" else task.initial_model(place.folder)
     values = {
         **COMMON,
         **task.settings,
@@ -113,7 +121,7 @@ def arm_config(place: Place, arm: Arm, seed: int) -> Config:
 
 
 async def _open(place: Place, core: int) -> Workbench:
-    task = TASKS[place.task]
+    task = place.task
     base = Arm("base", "none")
     bench = Workbench(
         arm_config(place, base, 0), task.corpus(place.folder / "data", 0, place.split), core, place.folder / f"engine-{core}.log"
@@ -123,7 +131,7 @@ async def _open(place: Place, core: int) -> Workbench:
 
 
 async def _run_arm(bench: Workbench, place: Place, arm: Arm, seed: int) -> None:
-    task, began = TASKS[place.task], time.monotonic()
+    task, began = place.task, time.monotonic()
     config = arm_config(place, arm, seed)
     corpus = task.corpus(place.folder / "data", seed, place.split)
     corpus = replace(corpus, references=corpus.references[slice(*arm.rows)])
@@ -135,33 +143,60 @@ async def _run_arm(bench: Workbench, place: Place, arm: Arm, seed: int) -> None:
         run = await bench.train(config, corpus, arm.swapped)
         facts = await asyncio.to_thread(_facts, run, task, seed)
     trained_s = time.monotonic() - began
-    figures = await _score(bench, task, corpus.heldout, arm.improver_role)
+    figures = await _figures(bench, place, arm, config, corpus.heldout)
     result = {
-        "task": place.task,
+        "task": task.name,
         "split": place.split,
         "arm": arm.name,
         "seed": seed,
-        "key": arm_key(place.task, arm.name, seed),
+        "key": arm_key(task, arm.name, seed),
         "n": len(corpus.heldout),
         "seconds": {"run": round(trained_s, 1), "all": round(time.monotonic() - began, 1)},
         **facts,
         **figures,
     }
     _tidy(place, arm, seed)
-    target = place.result(arm.name, seed)
+    _write(place.result(arm.name, seed), result)
+    short = {name: round(value, 4) for name, value in result["figures"].items()}
+    print(f"{task.name} {arm.name} seed {seed} [{result['seconds']['all']:.0f} s] {short} {facts}", flush=True)
+
+
+async def _figures(bench: Workbench, place: Place, arm: Arm, config: Config, heldout: Sequence[Prompt]) -> dict[str, Any]:
+    """Nothing for an arm that only helps another; else the scores of its answers and, where the task asks, how likely it finds the references."""
+    if not arm.shown:
+        return {"figures": {}, "per_prompt": {}, "answers": {}}
+    found = await _score(bench, place.task, heldout, arm.improver_role)
+    if place.task.likelihood:
+        model = model_directory(config) if arm.stage == "none" else place.model(arm.name, config.seed)
+        found["per_prompt"]["reference_logp"] = logps = await bench.reference_logps(config, model, heldout)
+        found["figures"]["reference_logp"] = mean(logps)
+    return found
+
+
+def _untrained_elsewhere(place: Place, arm: Arm, seed: int) -> bool:
+    """Take the figures of the initial model from another seed, where there are some: no seed enters them. Whether it did."""
+    if arm.stage != "none":
+        return False
+    for path in sorted(place.folder.glob(f"{arm.name}-*-*/result-{place.split}.json")):
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        if tree["key"] == arm_key(place.task, arm.name, tree["seed"]):
+            _write(place.result(arm.name, seed), tree | {"seed": seed, "key": arm_key(place.task, arm.name, seed)})
+            return True
+    return False
+
+
+def _write(target: Path, result: Mapping[str, Any]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_suffix(".tmp")
     draft.write_text(json.dumps(result, indent=1), encoding="utf-8")
     draft.replace(target)
-    short = {name: round(value, 4) for name, value in result["figures"].items()}
-    print(f"{place.task} {arm.name} seed {seed} [{result['seconds']['all']:.0f} s] {short} {facts}", flush=True)
 
 
 def _tidy(place: Place, arm: Arm, seed: int) -> None:
     """Only a model that another arm starts from is worth its disk."""
     run = place.arm(arm.name, seed) / "run"
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
-    if not any(arm.name in other.needs for other in ARMS[place.task].values()):
+    if not any(arm.name in other.needs for other in place.arms.values()):
         shutil.rmtree(run / "stages", ignore_errors=True)
 
 
@@ -207,16 +242,19 @@ async def _score(bench: Workbench, task: Task, prompts: Sequence[Prompt], improv
     length = int(task.settings["rollout.policy.max_new_tokens"])
     greedy, sampled = Sampling(0.0, 1.0, 0, length), Sampling(1.0, 1.0, 0, length)
     answers = {"greedy": await _ask(bench, prompts, None, greedy), "sampled": await _ask(bench, prompts, None, sampled)}
-    per_prompt = {name: _scores(task, prompts, [one.text for one in found]) for name, found in answers.items()}
+    per_prompt = {name: _scores(task.score, prompts, [one.text for one in found]) for name, found in answers.items()}
     if improver_role:
         found = answers["sampled"]
         rewrites = await _ask(bench, prompts, [one.text for one in found], greedy)
         texts = [parse_refinement(new.text, old.text) for new, old in zip(rewrites, found, strict=True)]
-        per_prompt["improved_sampled"] = _scores(task, prompts, texts)
+        per_prompt["improved_sampled"] = _scores(task.score, prompts, texts)
+    for name, measure in task.measures.items():
+        per_prompt[name] = _scores(measure, prompts, [one.text for one in answers["greedy"]])
     figures = {name: mean(values) for name, values in per_prompt.items()}
     figures["exact"] = mean([float(value > 1 - 1e-9) for value in per_prompt["greedy"]])
     figures["eos"] = mean([float(one.finish_reason is FinishReason.STOP) for one in answers["greedy"]])
     figures["tokens"] = mean([float(len(one.token_ids)) for one in answers["greedy"]])
+    figures["characters"] = mean([float(len(one.text.strip())) for one in answers["greedy"]])
     said = {name: [one.text for one in found] for name, found in answers.items()}
     return {"figures": figures, "per_prompt": per_prompt, "answers": said}
 
@@ -231,8 +269,8 @@ async def _ask(bench: Workbench, prompts: Sequence[Prompt], drafts: Sequence[str
     )
 
 
-def _scores(task: Task, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-    return [task.score(text.strip(), prompt.reference, prompt.text) for prompt, text in zip(prompts, texts, strict=True)]
+def _scores(score: Score, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+    return [score(text.strip(), prompt.reference, prompt.text) for prompt, text in zip(prompts, texts, strict=True)]
 
 
 @contextmanager

@@ -7,13 +7,14 @@ how many self-made pairs were truly better. Leaves out: arms and training.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.quality import extraction, language
+from bench.quality import chat, extraction, language
 from sgpo_dist.data.loading import Corpus, load_rows
 from sgpo_dist.records import Prompt
 
@@ -23,7 +24,11 @@ Score = Callable[[str, str | None, str], float]
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """``references(seed)`` teach, ``prompts(seed)`` are asked bare, ``heldout(split)`` is scored. ``settings`` are dotted overrides for every arm."""
+    """``references(seed)`` teach, ``prompts(seed)`` are asked bare, ``heldout(split)`` is scored. ``settings`` are dotted overrides for every arm.
+
+    ``family`` names the arms that fit. ``facts`` are what else decides an arm's figures: sizes, the digest of a file. ``measures`` are
+    further scores of greedy answers by name. ``likelihood``: also the log-likelihood per token of the references.
+    """
 
     name: str
     references: Callable[[int], Rows]
@@ -32,6 +37,15 @@ class Task:
     score: Score
     initial_model: Callable[[Path], str]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    family: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    measures: Mapping[str, Score] = field(default_factory=dict)
+    likelihood: bool = False
+
+    @property
+    def has_given_pairs(self) -> bool:
+        """Whether references bring a weaker answer, as DPO on given pairs needs."""
+        return any("rejected" in row for row in self.references(0))
 
     def truths(self, seed: int) -> dict[str, str]:
         """The reference of each bare prompt by its id, for looking back at pairs."""
@@ -41,7 +55,7 @@ class Task:
         """The corpus of one arm. The files in ``folder`` are written anew: they are a function of task, seed and split."""
         folder.mkdir(parents=True, exist_ok=True)
         references = _rows(folder / f"references-{seed}.jsonl", self.references(seed))
-        bare = [{key: value for key, value in row.items() if key != "reference"} for row in self.prompts(seed)]
+        bare = [{key: value for key, value in row.items() if key not in ("reference", "rejected")} for row in self.prompts(seed)]
         prompts = _rows(folder / f"prompts-{seed}.jsonl", bare)
         return Corpus(references, prompts, _rows(folder / f"{split}.jsonl", self.heldout(split)))
 
@@ -79,6 +93,14 @@ ORDERS_SETTINGS: Mapping[str, Any] = {
     "learner.max_tokens_per_micro_batch": 2048,
     "learner.zero_stage": 0,
 }
+CHAT_SETTINGS: Mapping[str, Any] = {
+    **ORDERS_SETTINGS,
+    "rollout.max_model_len": 512,
+    "data.max_prompt_tokens": 256,
+    "rollout.policy.max_new_tokens": 64,
+    "rollout.improver.max_new_tokens": 64,
+}
+FILE_SETTINGS: Mapping[str, Any] = {**CHAT_SETTINGS, "rollout.policy.max_new_tokens": 80, "rollout.improver.max_new_tokens": 80}
 LANGUAGE_SETTINGS: Mapping[str, Any] = {
     "model.dtype": "float32",
     "rollout.dtype": "float32",
@@ -103,7 +125,34 @@ def _language(name: str, noise: float) -> Task:
         score=language.score,
         initial_model=_tiny,
         settings=LANGUAGE_SETTINGS,
+        family=name,
     )
+
+
+def _chat(name: str, splits: chat.Splits, settings: Mapping[str, Any], facts: Mapping[str, Any]) -> Task:
+    sizes = [len(rows) for rows in (splits.references, splits.prompts, splits.validation, splits.test)]
+    return Task(
+        name=name,
+        references=lambda seed: splits.references,
+        prompts=lambda seed: splits.prompts,
+        heldout=splits.heldout,
+        score=chat.similarity,
+        initial_model=_embedded,
+        settings=settings,
+        family="chat",
+        facts={**facts, "sizes": sizes},
+        measures={"rouge_l": chat.common_words},
+        likelihood=True,
+    )
+
+
+def find_task(name: str, file: chat.RowsFile | None = None) -> Task:
+    """The task of a name; for ``chat`` on the rows of ``file``, where there is one. Raises DataError for rows that do not fit."""
+    if file is None:
+        return TASKS[name]
+    keys = (file.reference_key, file.rejected_key)
+    digest = hashlib.blake2b(file.path.read_bytes() if file.path.is_file() else b"", digest_size=6).hexdigest()
+    return _chat(f"{name}-{file.path.stem}", chat.file_splits(file), FILE_SETTINGS, {"file": digest, "keys": list(keys)})
 
 
 TASKS: Mapping[str, Task] = {
@@ -117,7 +166,10 @@ TASKS: Mapping[str, Task] = {
             score=extraction.score,
             initial_model=_embedded,
             settings=ORDERS_SETTINGS,
+            family="orders",
+            facts={"sizes": [extraction.NUM_REFERENCES, extraction.NUM_PROMPTS, *extraction.NUM_HELD_OUT.values()]},
         ),
+        _chat("chat", chat.starter_splits(), CHAT_SETTINGS, {}),
         _language("language", 0.0),
         _language("language-noisy", 0.2),
     )

@@ -416,7 +416,7 @@ def _events(path: Path) -> Iterator[dict[str, Any]]:
         for line in lines:
             try:
                 event = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(event, dict):
                 yield event
@@ -446,7 +446,7 @@ def _facts(root: Path, name: str) -> tuple[str, int | None] | None:
         facts = json.loads((root / name / "MANIFEST.json").read_bytes())["facts"]
         step = facts.get("step")
         return str(facts.get("stage")), step if isinstance(step, int) else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -463,7 +463,8 @@ class Ledger:
         return Lease(uid, known.stage, prompt, epoch, sample, known.version, attempts + 1)
 
     def _expire(self) -> int:
-        held = self._orders("WHERE state = 'leased' AND deadline <= ? ORDER BY stage, position", self._clock())
+        # The plus signs keep SQLite from walking all orders in that order: the index on deadlines finds the few that count, sorted after.
+        held = self._orders("WHERE state = 'leased' AND deadline <= ? ORDER BY +stage, +position", self._clock())
         self._release(held, blame=True)
         for order in held:
             self._count(order.stage, "expired_leases", 1)

@@ -2,12 +2,14 @@
 
 ``launch`` runs it inside one Ray actor that restarts on its file; drivers and rollout workers call it as ``roles.Buffer``. It adds to the
 ledger only time: one thread owns the database, puts that arrive together share one commit (and so one flush to disk), and a wait for a
-batch is woken by whatever may have made it possible. All rules are the ledger's. It does not import Ray.
+batch is woken by whatever may have made it possible. And it shares scarce prompts out: see ``_fair``. All rules are the ledger's. It does
+not import Ray.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,7 @@ from sgpo_dist.roles import Batch, BufferCounts, LeaseGrant, PutReceipt, StagePl
 
 GROUP_SIZE: Final = 64
 GROUP_WAIT_S: Final = 0.010
+QUIET_PARTS: Final = 5
 TICK_S: Final = 0.5
 WAIT_TIMEOUT_S: Final = 600.0
 
@@ -42,8 +45,8 @@ class _Pending:
 class PairBuffer:
     """See the head of the file. Build it anywhere; use it from one event loop. Building it again on the same file resumes where it was.
 
-    ``group_size`` outcomes or ``group_wait_s`` seconds, whichever is first, make a commit. ``tick_s`` is how often a wait looks again
-    unasked, since a lease that expires wakes nobody. A Ray actor needs no ``close``; a test does.
+    ``group_size`` outcomes, ``group_wait_s`` seconds or a fifth of them without a put, whichever is first, make a commit. ``tick_s`` is how
+    often a wait looks again unasked, since a lease that expires wakes nobody. A Ray actor needs no ``close``; a test does.
     """
 
     def __init__(
@@ -73,6 +76,8 @@ class PairBuffer:
         self._changed = asyncio.Condition()
         self._changes = 0
         self._last_outcome = clock()
+        self._workers: set[str] = set()
+        self._opened: dict[Stage, int | None] = {}
         self._flusher: asyncio.Task[None] | None = None
 
     async def close(self) -> None:
@@ -91,6 +96,7 @@ class PairBuffer:
     async def open_stage(self, incarnation: int, plan: StagePlan, prompts: Sequence[Prompt], version: int) -> None:
         """Register the stage's prompts (idempotent) and set the current version."""
         await self._run(partial(self._ledger.open_stage, incarnation, plan, prompts, version))
+        self._opened[plan.stage] = None if plan.max_staleness is None else plan.batch_size * plan.weight_sync_interval
         await self._wake()
 
     async def assign(self, incarnation: int, stage: Stage, step: int, timeout_s: float = WAIT_TIMEOUT_S) -> Batch | None:
@@ -150,7 +156,16 @@ class PairBuffer:
 
     async def lease(self, incarnation: int, worker_id: str, stage: Stage, limit: int) -> LeaseGrant:
         """At most ``limit`` leases, and only as many as the staleness bound has room for."""
-        return await self._run(partial(self._ledger.lease, incarnation, worker_id, stage, limit))
+        self._workers.add(worker_id)
+        return await self._run(partial(self._ledger.lease, incarnation, worker_id, stage, self._fair(stage, limit)))
+
+    def _fair(self, stage: Stage, limit: int) -> int:
+        """At most a worker's share of what one version makes room for, so that the first to ask does not take all while others stand idle.
+
+        A worker with more room asks again. A buffer that was restarted on its file knows no plan and shares nothing out until the next one.
+        """
+        opened = self._opened.get(stage)
+        return limit if opened is None else min(limit, math.ceil(opened / len(self._workers)))
 
     async def renew(self, incarnation: int, worker_id: str, uids: Sequence[str]) -> int:
         """Heartbeat: extends the leases that the worker names; returns how many of them it still holds."""
@@ -158,6 +173,7 @@ class PairBuffer:
 
     async def give_back(self, incarnation: int, worker_id: str, *, crashed: bool = True) -> int:
         """Return all leases of a worker that ended; ``crashed`` False when it ended in good order and its prompts are not to blame."""
+        self._workers.discard(worker_id)
         returned = await self._run(partial(self._ledger.give_back, incarnation, worker_id, crashed=crashed))
         await self._wake()
         return returned
@@ -177,12 +193,22 @@ class PairBuffer:
     async def _flush(self) -> None:
         """Commit group after group until nothing is pending; each waits a moment for company."""
         while self._pending:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._group_full.wait(), self._group_wait_s)
+            await self._gather_company()
             group, self._pending = self._pending, []
             self._group_full.clear()
             await self._commit_group(group)
             await self._wake()
+
+    async def _gather_company(self) -> None:
+        """Until the group is full, nobody came for a fifth of ``group_wait_s``, or all of it is over: who is alone need not wait for the rest."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._group_wait_s):
+                seen = 0
+                while seen < len(self._pending) and not self._group_full.is_set():
+                    seen = len(self._pending)
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(self._group_wait_s / QUIET_PARTS):
+                            await self._group_full.wait()
 
     async def _commit_group(self, group: Sequence[_Pending]) -> None:
         work = self._run(partial(self._ledger.put_group, [pending.request for pending in group]))

@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from sgpo_dist.buffer.audit import AuditReport, StageAudit, audit_run
-from sgpo_dist.chaos import KINDS, Mark, Record, memory_span, steps_repeated, table_lines, useful_share
+from sgpo_dist.chaos import KINDS, STORED, Record, Sample, memory_verdict, table_lines, trend_lines
 from sgpo_dist.cli.audit import stage_lines
 from sgpo_dist.cli.evaluation_table import grid
 from sgpo_dist.cli.session import Session, add_config_arguments, read_config
 from sgpo_dist.config import Config
 from sgpo_dist.errors import ConfigError, RunFailed, SgpoError
+from sgpo_dist.faults import Mark, summarise
 from sgpo_dist.run_directory import RUN_FILE_NAME, open_run
 from sgpo_dist.saboteur import Findings, LiveRun, Orders, Saboteur
 
 FILE_NAME: Final = "chaos.json"
-GIB: Final = 2**30
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -70,9 +70,10 @@ def run(args: argparse.Namespace, session: Session) -> int:
         write(directory, {"replay": replay, "faults": [fault_row(one) for one in records]})
 
     found = Saboteur(live, orders, note).play()
-    verdict = judge(directory, found, live.look(), live.memory, orders.workers)
-    write(directory, {"replay": replay, **verdict_row(verdict), "faults": [fault_row(one) for one in found.records]})
-    show(verdict, found.records, session)
+    verdict = judge(directory, found, live.look(), live.samples)
+    faults, samples = [fault_row(one) for one in found.records], [asdict(sample) for sample in live.samples]
+    write(directory, {"replay": replay, **verdict_row(verdict), "faults": faults, "samples": samples})
+    show(verdict, found.records, live.samples, session)
     if verdict.problems:
         more = f" (and {len(verdict.problems) - 1} more)" if len(verdict.problems) > 1 else ""
         raise RunFailed(f"{verdict.problems[0]}{more}; see {live.output} and {directory / FILE_NAME}")
@@ -125,33 +126,33 @@ def replay_line(args: argparse.Namespace, orders: Orders) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The figures of a run under chaos. ``memory`` in bytes, early and late; ``ledger`` is the audit's table; no ``problems`` = passed."""
+    """The figures of a run under chaos, ``ettr`` over all its attempts; ``ledger`` is the audit's table; no ``problems`` = passed."""
 
     pairs_trained: int
     steps_repeated: int
     drivers: int
     ettr: float
     wall_s: float
-    memory: tuple[int, int]
+    memory: str
     is_audited: bool
     leftovers: tuple[str, ...]
     problems: tuple[str, ...]
     ledger: tuple[StageAudit, ...] = ()
 
 
-def judge(directory: Path, found: Findings, marks: Sequence[Mark], memory: Sequence[int], workers: int) -> Verdict:
+def judge(directory: Path, found: Findings, marks: Sequence[Mark], samples: Sequence[Sample]) -> Verdict:
     """The figures, the audit, and everything that is wrong, what the audit says first."""
-    audit = audited(directory)
+    audit, cost = audited(directory), summarise(mark for mark in marks if mark.kind != STORED)
     problems = [f"audit: {line}" for line in audit.problems] + found.problems + [f"left over: {line}" for line in found.leftovers]
     if not found.records and not problems:
         problems = ["the run was done before the first fault; give it more steps, or lower --every"]
     return Verdict(
         pairs_trained=sum(stage.trained for stage in audit.stages),
-        steps_repeated=steps_repeated(marks),
+        steps_repeated=cost.repeated_steps,
         drivers=sum(mark.kind == "attempt" for mark in marks),
-        ettr=useful_share(found.records, workers, found.wall_s),
-        wall_s=found.wall_s,
-        memory=memory_span(memory),
+        ettr=cost.ettr,
+        wall_s=cost.wall_s,
+        memory=memory_verdict(samples),
         is_audited=audit.ok,
         leftovers=tuple(found.leftovers),
         problems=tuple(problems),
@@ -167,24 +168,24 @@ def audited(directory: Path) -> AuditReport:
         return AuditReport((), (str(problem),))
 
 
-def show(verdict: Verdict, records: Sequence[Record], session: Session) -> None:
+def show(verdict: Verdict, records: Sequence[Record], samples: Sequence[Sample], session: Session) -> None:
     """The tables, and what is wrong."""
     session.table("faults", grid(table_lines(records)))
     session.table("ledger", grid(stage_lines(verdict.ledger)))
+    session.table("what the run held", grid(trend_lines(samples)))
     session.table("run", grid([["", ""], *figure_lines(verdict)]))
+    session.say(verdict.memory)
     for problem in verdict.problems:
         session.say(f"wrong: {problem}", style="bold red")
 
 
 def figure_lines(verdict: Verdict) -> list[list[str]]:
     """Lines of two cells."""
-    before, after = (size / GIB for size in verdict.memory)
     return [
         ["pairs trained", str(verdict.pairs_trained)],
         ["steps trained again", str(verdict.steps_repeated)],
         ["drivers started", str(verdict.drivers)],
         ["useful time (ETTR)", f"{verdict.ettr:.1%} of {verdict.wall_s:.0f} s"],
-        ["memory, early and late", f"{before:.2f} and {after:.2f} GiB"],
         ["processes left over", str(len(verdict.leftovers))],
         ["audit", "clean" if verdict.is_audited else "not clean"],
     ]

@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.table import Table
 
 from sgpo_dist.cli.session import Session
-from sgpo_dist.errors import RunFailed
 from sgpo_dist.evaluate.evaluation import EvalRow, row_from, table
+from sgpo_dist.run_directory import EVALUATE_AGAIN, read_whole
 from sgpo_dist.sanitize import markup_text
 
 
@@ -18,10 +18,8 @@ def read_evaluation(path: Path) -> list[EvalRow]:
     """The rows of an evaluation.json; none when it is not there yet. Raises RunFailed when it is damaged."""
     if not path.is_file():
         return []
-    try:
+    with read_whole(path, EVALUATE_AGAIN):
         return [row_from(tree) for tree in json.loads(path.read_text(encoding="utf-8"))["rows"]]
-    except (ValueError, KeyError, TypeError):
-        raise RunFailed(f"{path} is damaged; delete it and run the same training command again") from None
 
 
 def show_evaluation(path: Path, session: Session) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from sgpo_dist.cli.model_facts import refuse_pickled
 from sgpo_dist.data.embedded_model import embedded_model_dir
 from sgpo_dist.errors import ConfigError
 from sgpo_dist.prompts import PromptBook, load_tokenizer
@@ -37,13 +38,14 @@ def load_model(name: str, template: str, max_new_tokens: int) -> LoadedModel:
     directory = embedded_model_dir() if name == "embedded" else Path(name)
     if not (directory / "config.json").is_file():
         raise ConfigError(f"--model {name} is not a Hugging Face model directory (it has no config.json)")
+    refuse_pickled(directory, f"--model {name}")
     book = PromptBook(load_tokenizer(directory), template)
     import torch
     from transformers import AutoModelForCausalLM
 
     device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     with _without_progress_bars():
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True, use_safetensors=True)
     return LoadedModel(model.to(device).eval(), book, max_new_tokens)
 
 

@@ -13,13 +13,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Final, NoReturn
 
-from sgpo_dist.cli import audit, chaos, config_reference, doctor, evaluate, export, plan, report, samples, status, train
+from sgpo_dist.cli import audit, chaos, config_reference, doctor, evaluate, export, plan, report, samples, status, stop, train
 from sgpo_dist.cli.session import Session, open_console
 from sgpo_dist.errors import ConfigError, RunFailed, SgpoError
 from sgpo_dist.sanitize import one_line, redact_text, secret_values
 
 PROGRAM: Final = "sgpo-dist"
-COMMANDS: Final = (train, plan, doctor, status, samples, audit, report, evaluate, export, chaos, config_reference)
+COMMANDS: Final = (train, plan, doctor, status, stop, samples, audit, report, evaluate, export, chaos, config_reference)
 INTERRUPTED: Final = 130
 DESCRIPTION: Final = """SGPO as a distributed actor/learner system: one model answers, rewrites its answers a little better, and learns
 from (rewrite > answer)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -92,10 +92,25 @@ def _decoder(name: str, layers: int, hidden: int, width: int, kv_width: int, voc
 def directory_facts(directory: Path, name: str) -> ModelFacts:
     """Facts of a Hugging Face model directory. Raises ConfigError when it is none."""
     config = _json(directory / "config.json")
+    if not config:
+        raise ConfigError(f"model.model_name_or_path '{name}' has no config.json; give a Hugging Face model directory")
+    refuse_pickled(directory, f"model.model_name_or_path '{name}'")
+    try:
+        return _facts(directory, name, config)
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as problem:
+        what = f"{type(problem).__name__}: {problem}"
+        raise ConfigError(f"model.model_name_or_path '{name}' is damaged ({what}); get the model's files again") from None
+
+
+def refuse_pickled(directory: Path, what: str) -> None:
+    """Raises ConfigError for a model directory without safetensors files: pickled weights can run code when they are loaded."""
+    if not any(directory.glob("*.safetensors")):
+        raise ConfigError(f"{what} has no safetensors files; convert its weights to safetensors (pickled ones are never loaded)")
+
+
+def _facts(directory: Path, name: str, config: Mapping[str, Any]) -> ModelFacts:
+    """Raises whatever files of other shapes lead to."""
     shapes = dict(_tensor_shapes(directory))
-    if not config or not shapes:
-        missing = "safetensors files" if config else "config.json"
-        raise ConfigError(f"model.model_name_or_path '{name}' has no {missing}; give a Hugging Face model directory")
     hidden, heads = int(config.get("hidden_size", 0)), int(config.get("num_attention_heads", 1))
     head_width = int(config.get("head_dim") or hidden // heads)
     return ModelFacts(
@@ -149,6 +164,6 @@ def _json(path: Path) -> dict[str, Any]:
         return {}
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ConfigError(f"{path} is not valid JSON; get the model's files again") from None
     return tree if isinstance(tree, dict) else {}

@@ -46,11 +46,13 @@ from sgpo_dist.cli.estimate import (
 )
 from sgpo_dist.cli.machine import Gpu, Machine, observe_machine
 from sgpo_dist.cli.model_facts import ModelFacts, model_facts
+from sgpo_dist.cli.prediction import prediction_line
 from sgpo_dist.cli.session import Session, add_config_arguments, read_config
 from sgpo_dist.config import Config
 from sgpo_dist.data.loading import BUILT_IN, Corpus, load_corpus
 from sgpo_dist.errors import EnvironmentProblem
 from sgpo_dist.run_directory import dump_redacted
+from sgpo_dist.sanitize import markup_text
 
 GPUS: Final = re.compile(r"([1-9]\d{0,3})x([1-9]\d{0,3})")
 
@@ -282,10 +284,13 @@ def run(args: argparse.Namespace, session: Session) -> int:
     """Print the plan; 0 when it is possible, else 3."""
     config = read_config(args, session)
     absent = absent_data(config)
-    plan = make_plan(config, *_surroundings(config, args.gpus), None if absent else data_facts(config))
+    machine, model = _surroundings(config, args.gpus)
+    plan = make_plan(config, machine, model, None if absent else data_facts(config))
     session.say("resolved configuration")
     session.text(dump_redacted(config))
     show(plan, session)
+    if predicted := prediction_line(config, machine.gpus, model):
+        session.say(predicted)
     if absent:
         session.say(f"note: data not here yet: {', '.join(absent)}. Rows are not counted; `train` needs them (examples/README.md)")
     if not plan.problems:
@@ -339,5 +344,5 @@ def show(plan: Plan, session: Session) -> None:
 def _figures(lines: Sequence[Figure]) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2))
     for line in lines:
-        table.add_row(line.name, line.value, line.why, style=None)
+        table.add_row(*(markup_text(cell) for cell in (line.name, line.value, line.why)))
     return table

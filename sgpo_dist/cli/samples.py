@@ -32,11 +32,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_run_argument(parser)
     parser.add_argument("--stage", choices=[stage.value for stage in Stage if stage is not Stage.SFT], help="only this stage's")
-    parser.add_argument("--limit", type=int, default=DEFAULT_LIMIT, metavar="N", help=f"at most N (default {DEFAULT_LIMIT}; 0 = all)")
+    parser.add_argument("--limit", type=_count, default=DEFAULT_LIMIT, metavar="N", help=f"at most N (default {DEFAULT_LIMIT}; 0 = all)")
     parser.add_argument("--filter", dest="order", choices=ORDERS, default="prompt-order", help="which come first")
     parser.add_argument("--refused", action="store_true", help="what was refused instead of what was kept")
     parser.add_argument("--reason", choices=[reason.value for reason in RefusalReason], help="with --refused: only this reason")
     parser.set_defaults(run=run)
+
+
+def _count(text: str) -> int:
+    """0 or more. Raises ArgumentTypeError."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0")
+    return int(text)
 
 
 def run(args: argparse.Namespace, session: Session) -> int:
@@ -73,7 +80,7 @@ def plain(sample: Sample, number: int) -> str:
 def headline(sample: Sample, number: int) -> str:
     """Number, stage, fate and the figures that people sort by."""
     fate = f"refused: {sample.reason}" if sample.reason else sample.state + (f" in step {sample.step}" if sample.step else "")
-    parts = [f"{number}", sample.stage, fate, f"source {sample.source}"]
+    parts = [f"{number}", sample.stage, fate, f"source {one_line(sample.source, 60)}"]
     if sample.version is not None:
         parts.append(f"version {sample.version}")
     if sample.response is not None and sample.refinement is not None:

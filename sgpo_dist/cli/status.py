@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from sgpo_dist.cli.evaluation_table import grid, show_evaluation
 from sgpo_dist.cli.session import Session, add_run_argument, chosen_run
 from sgpo_dist.display import duration
-from sgpo_dist.recorder import EventRow, MetricRow, read_events, read_metrics
+from sgpo_dist.faults import Summary, summarise
+from sgpo_dist.recorder import EventRow, MetricRow, read_events, read_marks, read_metrics
 from sgpo_dist.report.samples import refusal_counts, state_counts
 from sgpo_dist.run_directory import RunDirectory, driver_of
+from sgpo_dist.sanitize import one_line
 
 SHOWN_EVENTS = 5
 
@@ -55,16 +57,31 @@ def facts(directory: RunDirectory, now: float) -> list[list[str]]:
         lines.append(["last step", _last_step(metrics[-1], now)])
     pointer = directory.checkpoints / "latest"
     if pointer.is_file():
-        lines.append(["checkpoint", f"{pointer.read_text(encoding='ascii').strip()}, {_age(now - os.stat(pointer).st_mtime)}"])
+        name = one_line(pointer.read_text(encoding="ascii", errors="replace"), 60)
+        lines.append(["checkpoint", f"{name}, {_age(now - os.stat(pointer).st_mtime)}"])
+    lines += _faults(summarise(read_marks(directory.events_file, directory.metrics_file), now if driver else None))
     recent = [event for event in events if event.kind not in ("attempt", "message")][-SHOWN_EVENTS:]
     lines += [["event", f"{_age(now - event.time)}: {event_line(event)}"] for event in recent]
     return lines
 
 
+def _faults(summary: Summary) -> list[list[str]]:
+    """What was lost, and what of the time was useful; nothing without faults."""
+    if not summary.faults:
+        return []
+    open_ones = sum(fault.mended is None for fault in summary.faults)
+    counts = ", ".join(f"{role} {count}" for role, count in summary.by_role.items())
+    again = f"; {summary.repeated_steps} steps trained again" if summary.repeated_steps else ""
+    return [
+        ["lost", counts + (f"; {open_ones} not replaced" if open_ones else "")],
+        ["useful time (ETTR)", f"{summary.ettr:.1%} of {duration(summary.wall_s)}{again}"],
+    ]
+
+
 def event_line(event: EventRow) -> str:
     """An event as one line."""
     fields = " ".join(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in event.fields.items())
-    return f"{event.kind} {fields}"[:140]
+    return one_line(f"{event.kind} {fields}", 140)
 
 
 def _ended(directory: RunDirectory, events: list[EventRow]) -> str:

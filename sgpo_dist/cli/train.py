@@ -20,8 +20,8 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "train",
         help="train a model; run the same command again to resume",
         description="Trains to the end of the configured stages. A stopped or killed run goes on from its newest checkpoint when the same\n"
-        "command is run again; a finished run says so and does nothing. Stop with Ctrl-C or SIGTERM: the step in progress\n"
-        "ends, a checkpoint is made, the exit code is 5.",
+        "command is run again; a finished run says so and does nothing. Stop with Ctrl-C, SIGTERM, `sgpo-dist stop` or\n"
+        "time_limit_s: the step in progress ends, a checkpoint is made, the exit code is 5. A second Ctrl-C ends it at once.",
         epilog="examples:\n  sgpo-dist train --config examples/demo.yaml\n"
         "  sgpo-dist train --config run.yaml run_name=second preference.beta=0.05\n"
         "  ray job submit --working-dir . -- python -m sgpo_dist train --config run.yaml",

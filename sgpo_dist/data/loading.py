@@ -19,6 +19,7 @@ from sgpo_dist.config import DataConfig
 from sgpo_dist.errors import DataError
 from sgpo_dist.prompts import PromptBook
 from sgpo_dist.records import Message, Prompt
+from sgpo_dist.sanitize import one_line
 from sgpo_dist.starter import chat, orders
 
 BUILT_IN: Final = ("orders", "chat")
@@ -216,6 +217,13 @@ def _raw_rows(spec: str, split: str) -> list[tuple[str, Any]]:
         rows = (orders if spec == "orders" else chat).rows(split)
         return [(f"{spec} {split} row {number}", row) for number, row in enumerate(rows, start=1)]
     path = Path(spec).expanduser()
+    try:
+        path.stat()
+    except (OSError, ValueError) as problem:
+        why = getattr(problem, "strerror", None) or "no path can be so"
+        raise DataError(
+            f"data path '{one_line(spec, 120)}' is neither a built-in set ({', '.join(BUILT_IN)}) nor a file or directory here ({why})"
+        ) from None
     if path.is_dir():
         return list(_dataset_rows(path, split))
     if not path.is_file():
@@ -253,7 +261,9 @@ def _json(line: bytes, where: str) -> Any:
     except UnicodeDecodeError:
         raise DataError(f"{where}: not UTF-8 text") from None
     except (ValueError, RecursionError) as problem:
-        what = f"{problem.msg} at column {problem.colno}" if isinstance(problem, json.JSONDecodeError) else type(problem).__name__
+        what = "nested too deep" if isinstance(problem, RecursionError) else "a number too long"
+        if isinstance(problem, json.JSONDecodeError):
+            what = f"{problem.msg.removesuffix(' at')} at column {problem.colno}"
         raise DataError(f"{where}: invalid JSON ({what}); each line must hold one JSON object") from None
 
 
@@ -339,10 +349,12 @@ def _conversation(row: Mapping[str, Any], where: str, columns: Columns) -> tuple
     usual = ("prompt", "messages", "chosen") if answered else ("messages", "prompt")  # messages hold the answer when no other column does
     keys = (columns.prompt,) if columns.prompt is not None else usual
     key = next((key for key in keys if row.get(key) is not None), None)
+    if key is None and any(name in row for name in keys):
+        raise DataError(f"{where}: the prompt is null; give it a text, or remove the row")
     if key is None or (key == "chosen" and isinstance(row[key], str)):
         raise DataError(f"{where}: has no column 'prompt' or 'messages'; it has {_names(row)} (data.input_key names another column)")
     if isinstance(row[key], str):
-        return (Message("user", _text(row[key], f"{where}: '{key}'")),), None
+        return (Message("user", checked_text(row[key], f"{where}: '{key}'")),), None
     turns = _turns(row[key], key, where)
     if turns and turns[-1].role == "assistant":
         return turns[:-1], _answer(turns[-1].content, f"{where}: '{key}'")
@@ -379,11 +391,11 @@ def _turns(value: Any, key: str, where: str) -> tuple[Message, ...]:
     for number, turn in enumerate(value, start=1):
         if not isinstance(turn, dict) or turn.get("role") not in ROLES or not isinstance(turn.get("content"), str):
             raise DataError(f"{where}: '{key}' message {number} must have a role ({', '.join(ROLES)}) and a content string")
-        turns.append(Message(turn["role"], _text(turn["content"], f"{where}: '{key}' message {number}")))
+        turns.append(Message(turn["role"], checked_text(turn["content"], f"{where}: '{key}' message {number}")))
     return tuple(turns)
 
 
-def _text(value: str, where: str) -> str:
+def checked_text(value: str, where: str) -> str:
     """The text as it is, if it can be encoded and is not oversized."""
     try:
         size = len(value.encode("utf-8"))
@@ -395,7 +407,7 @@ def _text(value: str, where: str) -> str:
 
 
 def _answer(value: str, where: str) -> str:
-    text = _text(value, where).strip()
+    text = checked_text(value, where).strip()
     if not text:
         raise DataError(f"{where} is an empty reference; write null or leave the column out for a bare prompt")
     return text
@@ -404,7 +416,7 @@ def _answer(value: str, where: str) -> str:
 def _optional_text(row: Mapping[str, Any], key: str, where: str) -> str | None:
     value = row.get(key)
     if value is None or (isinstance(value, str) and value.strip()):
-        return None if value is None else _text(value.strip(), f"{where}: '{key}'")
+        return None if value is None else checked_text(value.strip(), f"{where}: '{key}'")
     raise DataError(f"{where}: '{key}' must be a string that is not empty, not {value!r:.40}")
 
 
@@ -421,4 +433,4 @@ def _prompt_id(row: Mapping[str, Any], where: str, source: str, messages: Sequen
 
 
 def _names(row: Mapping[str, Any]) -> str:
-    return ", ".join(f"'{name}'" for name in list(row)[:8]) or "no columns"
+    return ", ".join(repr(str(name)[:60]) for name in list(row)[:8]) or "no columns"

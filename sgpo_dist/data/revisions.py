@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sgpo_dist.data.loading import content, json_rows, parquet_rows
+from sgpo_dist.data.loading import checked_text, content, json_rows, parquet_rows
 from sgpo_dist.errors import ConfigError, DataError
 from sgpo_dist.records import Message, Prompt
 
@@ -58,7 +58,7 @@ def _revision(row: Any, where: str) -> str:
     text = row.get("revision")
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{where}: column 'revision' must hold a text that is not empty")
-    return text.strip()
+    return checked_text(text, f"{where}: 'revision'").strip()
 
 
 def _names(row: Mapping[str, Any], where: str) -> list[Name]:

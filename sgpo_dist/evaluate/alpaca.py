@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import subprocess
 import tempfile
@@ -135,7 +136,8 @@ def _harmless(row: Mapping[str, str]) -> dict[str, str]:
 
 
 def _run_child(folder: Path, python: str, environment: Mapping[str, str], deadline_s: float) -> None:
-    command = [python, "-", str(folder / "job.json")]
+    interpreter = os.path.abspath(python) if os.sep in python else python  # the child starts elsewhere; a link in a venv must stay one
+    command = [interpreter, "-", str(folder / "job.json")]
     try:
         with _CHILD.open(encoding="utf-8") as script:
             done = subprocess.run(  # noqa: S603 the user's own interpreter, our own script

@@ -8,7 +8,7 @@ from typing import Any, Final
 import yaml
 
 from sgpo_dist.evaluate.evaluation import row_from, table
-from sgpo_dist.run_directory import RunDirectory
+from sgpo_dist.run_directory import EVALUATE_AGAIN, RunDirectory, read_whole
 from sgpo_dist.sanitize import one_line
 
 CARD_NAME: Final = "README.md"
@@ -18,9 +18,12 @@ EMBEDDED_LICENSE: Final = "apache-2.0"
 
 def model_card(directory: RunDirectory, stage: str | None = None) -> str:
     """The card of the final model, or of the one ``stage`` left."""
-    config = yaml.safe_load(directory.config_file.read_text(encoding="utf-8"))
     name = f"{directory.path.name}" + (f" after {stage}" if stage else "")
-    parts = [_front_matter(config), f"# {one_line(name)}\n", _made(config, directory), _figures(directory), _use()]
+    with read_whole(directory.config_file):
+        config = yaml.safe_load(directory.config_file.read_text(encoding="utf-8"))
+        parts = [_front_matter(config), f"# {one_line(name)}\n", _made(config, directory)]
+    with read_whole(directory.evaluation_file, EVALUATE_AGAIN):
+        parts += [_figures(directory), _use()]
     return "\n".join(part for part in parts if part)
 
 

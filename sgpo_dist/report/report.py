@@ -21,18 +21,23 @@ from typing import Any, Final
 
 import jinja2
 import yaml
+from markupsafe import Markup
 
+from sgpo_dist.errors import EnvironmentProblem
 from sgpo_dist.evaluate.evaluation import row_from, table
-from sgpo_dist.recorder import EventRow, MetricRow, read_events, read_metrics
+from sgpo_dist.faults import Summary, fault_lines, summarise
+from sgpo_dist.recorder import EventRow, MetricRow, read_events, read_marks, read_metrics
 from sgpo_dist.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Chart, Series, chart
 from sgpo_dist.report.samples import Sample, read_samples, refusal_counts, state_counts
 from sgpo_dist.report.word_diff import Segment, word_diff
-from sgpo_dist.run_directory import RunDirectory
+from sgpo_dist.run_directory import EVALUATE_AGAIN, RunDirectory, read_whole
 from sgpo_dist.sanitize import one_line, terminal_text
 
 EXAMPLES: Final = 6
 LONGEST_TEXT: Final = 4000
 LONGEST_TABLE: Final = 60
+CHAOS_NAME: Final = "chaos.json"
+CHAOS_COLUMNS: Final = ("number", "kind", "detail", "what", "recovery_s")
 
 Curve = tuple[str, str, tuple[str, ...]]
 
@@ -103,21 +108,28 @@ class Page:
     examples: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
     versions: ReportTable | None = None
     faults: ReportTable | None = None
+    losses: ReportTable | None = None
+    useful: str = ""
+    chaos: ReportTable | None = None
     config: str = ""
 
 
 def write_report(directory: RunDirectory, target: Path | None = None) -> Path:
-    """Write the page, whole or not at all, and return where it lies."""
+    """Write the page, whole or not at all, and return where it lies. Raises EnvironmentProblem when it cannot be written."""
     target = target or directory.report_file
+    page = render(read_page(directory))
     draft = target.with_name(f".{target.name}.tmp")
-    draft.write_text(render(read_page(directory)), encoding="utf-8")
-    os.replace(draft, target)
+    try:
+        draft.write_text(page, encoding="utf-8", errors="replace")
+        os.replace(draft, target)
+    except OSError as problem:
+        raise EnvironmentProblem(f"cannot write {target} ({problem.strerror}); free space there or give another --to") from problem
     return target
 
 
 def render(page: Page) -> str:
     """The page as HTML."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(autoescape=True, finalize=_harmless, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("sgpo_dist.report").joinpath("report.html.jinja").read_text(encoding="utf-8")
     style = re.search(r"<style>(.*?)</style>", source, re.DOTALL)
     digest = hashlib.sha256((style[1] if style else "").encode()).digest()
@@ -125,12 +137,18 @@ def render(page: Page) -> str:
     return environment.from_string(source).render(page=page, frame=frame, style_hash=f"sha256-{base64.b64encode(digest).decode()}")
 
 
+def _harmless(value: Any) -> Any:
+    """Every text that the template shows, names of columns and events too; what macros made is through here already."""
+    return terminal_text(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def read_page(directory: RunDirectory) -> Page:
     """Gather what there is."""
     metrics, events = read_metrics(directory.metrics_file), read_events(directory.events_file)
-    config = directory.config_file.read_text(encoding="utf-8") if directory.config_file.is_file() else ""
+    config = directory.config_file.read_text(encoding="utf-8", errors="replace") if directory.config_file.is_file() else ""
     has_pairs = directory.database.is_file()
     pairs = read_samples(directory.database) if has_pairs else []
+    losses = summarise(read_marks(directory.events_file, directory.metrics_file))
     return Page(
         name=directory.path.name,
         facts=_facts(directory, config, metrics, events),
@@ -143,21 +161,31 @@ def read_page(directory: RunDirectory) -> Page:
         examples=_examples(pairs),
         versions=_versions(events),
         faults=_listed([event for event in events if FAULTS.search(event.kind)]),
+        losses=_losses(losses),
+        useful=_useful(losses),
+        chaos=_chaos(directory.path / CHAOS_NAME),
         config=config,
     )
 
 
 def _facts(directory: RunDirectory, config: str, metrics: Sequence[MetricRow], events: Sequence[EventRow]) -> ReportTable:
-    tree: dict[str, Any] = yaml.safe_load(config) or {} if config else {}
     times = [row.time for row in metrics] + [event.time for event in events]
     rows = [("run", directory.run_id), ("attempts", str(directory.incarnation))]
-    if tree:
-        rows += [("model", str(tree["model"]["model_name_or_path"])), ("stages", ", ".join(tree["stages"])), ("seed", str(tree["seed"]))]
-        rows.append(("data", str(tree["data"]["path"])))
+    rows += _config_facts(directory.config_file, config)
     if times:
         rows += [("begun", _clock(min(times))), ("last sign of life", _clock(max(times))), ("at work", _worked(events))]
     rows.append(("steps", ", ".join(f"{stage} {count}" for stage, count in _steps(metrics).items()) or "none yet"))
     return ReportTable(("", ""), tuple((name, one_line(value)) for name, value in rows if value))
+
+
+def _config_facts(path: Path, config: str) -> list[tuple[str, str]]:
+    """What was asked for; nothing when there is no configuration. Raises RunFailed for one that ``train`` did not write."""
+    with read_whole(path):
+        tree = yaml.safe_load(config) if config else None
+        if not tree:
+            return []
+        model, data = str(tree["model"]["model_name_or_path"]), str(tree["data"]["path"])
+        return [("model", model), ("stages", ", ".join(tree["stages"])), ("seed", str(tree["seed"])), ("data", data)]
 
 
 def _steps(metrics: Sequence[MetricRow]) -> dict[str, int]:
@@ -181,7 +209,8 @@ def _worked(events: Sequence[EventRow]) -> str:
 def _evaluation(path: Path) -> ReportTable | None:
     if not path.is_file():
         return None
-    header, *rows = table([row_from(tree) for tree in json.loads(path.read_text(encoding="utf-8"))["rows"]])
+    with read_whole(path, EVALUATE_AGAIN):
+        header, *rows = table([row_from(tree) for tree in json.loads(path.read_text(encoding="utf-8"))["rows"]])
     return ReportTable(tuple(header), tuple(tuple(one_line(cell) for cell in row) for row in rows)) if rows else None
 
 
@@ -253,6 +282,27 @@ def _version_row(event: EventRow) -> tuple[str, ...]:
 
 def _listed(events: Sequence[EventRow]) -> ReportTable | None:
     return _shortened(("when", "what", "details"), [(_clock(event.time), event.kind, _fields(event)) for event in events])
+
+
+def _losses(summary: Summary) -> ReportTable | None:
+    header, *rows = [tuple(one_line(cell) for cell in line) for line in fault_lines(summary)]
+    return _shortened(header, rows)
+
+
+def _useful(summary: Summary) -> str:
+    """The useful time in a sentence; empty for a run that lost nothing."""
+    if not summary.faults:
+        return ""
+    parts = f"{summary.away_s:.0f} s while a part without which nothing goes on was away, {summary.repeated_s:.0f} s for work that was done again"
+    return f"Useful time (ETTR): {summary.ettr:.1%} of {summary.wall_s:.0f} s. Lost: {parts} ({summary.repeated_steps} steps)."
+
+
+def _chaos(path: Path) -> ReportTable | None:
+    """Every fault that ``sgpo-dist chaos`` did, as its file tells."""
+    with read_whole(path):
+        faults = json.loads(path.read_text(encoding="utf-8")).get("faults", []) if path.is_file() else []
+        rows = [tuple(one_line(_value(fault.get(name))) for name in CHAOS_COLUMNS) for fault in faults]
+    return ReportTable(("", "fault", "hit", "what happened", "recovered after (s)"), tuple(rows)) if rows else None
 
 
 def _fields(event: EventRow) -> str:

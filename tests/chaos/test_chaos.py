@@ -25,6 +25,7 @@ def sgpo_dist(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=880, check=False)
 
 
+@pytest.mark.fault(1, 4, 6, 9, 11, 26, 30, invariants="I1 I2 I3 I4 I6 I7 I8")
 def test_a_run_gets_over_one_fault_of_each_kind(tmp_path: Path) -> None:
     options = ["--seed", "11", "--minutes", "8", "--every", "2", "--count", "6", "--patience", "240", "--faults", ",".join(KINDS)]
     done = sgpo_dist("chaos", "--config", "examples/smoke.yaml", *options, *SETTINGS, f"output_dir={tmp_path}")

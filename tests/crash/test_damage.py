@@ -36,6 +36,7 @@ def damaged_versions(content: bytes, every_byte: bool, rng: Random) -> list[byte
 
 
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.fault(21, invariants="I5 I9")
 def test_any_changed_byte_of_a_checkpoint_is_found_and_the_one_before_is_used(finished: tuple[Path, str], tmp_path: Path, name: str) -> None:
     shutil.copytree(finished[0], tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step-4" / name
@@ -83,6 +84,7 @@ def torn(tmp_path: Path) -> tuple[Path, set[str], set[str]]:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.fault(10, invariants="I1 I2 I5 I6")
 def test_a_log_cut_or_changed_anywhere_loses_nothing_that_a_checkpoint_holds(
     torn: tuple[Path, set[str], set[str]], finished: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -107,6 +109,7 @@ def test_a_log_cut_or_changed_anywhere_loses_nothing_that_a_checkpoint_holds(
     assert 1 <= complete < 60
 
 
+@pytest.mark.fault(10, invariants="I9")
 def test_a_database_cut_short_is_refused_or_named_by_the_audit_and_the_remedy_works(
     finished: tuple[Path, str], torn: tuple[Path, set[str], set[str]], tmp_path: Path
 ) -> None:
@@ -146,6 +149,7 @@ def opening_complaint(directory: Path) -> str:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.fault(20, invariants="I1 I5 I9")
 def test_a_full_disk_is_one_clear_line_and_costs_nothing_that_was_acknowledged(finished: tuple[Path, str], tmp_path: Path) -> None:
     sizes = [1, 5_000, 20_000, 60_000, *range(100_000, 700_000, 40_000)]
     directories = fresh(tmp_path, [str(size) for size in sizes])
@@ -173,6 +177,7 @@ def files_no_larger_than(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.fault(20, invariants="I5 I9")
 def test_a_checkpoint_that_the_disk_refuses_leaves_the_one_before_and_the_next_one_works(finished: tuple[Path, str], tmp_path: Path) -> None:
     shutil.copytree(finished[0], tmp_path / "run")
     store, ledger = small_run.store_of(tmp_path / "run"), small_run.ledger_of(tmp_path / "run")

@@ -71,6 +71,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("time", [1, 2])
+@pytest.mark.fault(2, 7, 9, 11, invariants="I1 I2 I5 I6")
 def test_killed_at_any_point_the_run_ends_on_the_same_weights(tmp_path: Path, weights: str, time: int) -> None:
     points = [point for point in POINTS if time == 1 or not point.startswith(ONCE)]
     directories = fresh(tmp_path, points)
@@ -82,6 +83,7 @@ def test_killed_at_any_point_the_run_ends_on_the_same_weights(tmp_path: Path, we
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.fault(7, 21, invariants="I5")
 def test_killed_at_any_point_of_a_resume_past_a_damaged_checkpoint(tmp_path: Path, weights: str) -> None:
     """The newest checkpoint is damaged: its step is trained and committed again, and the process is killed while that happens."""
     points = [RESUME_ONLY, *(point for point in POINTS if not point.startswith(("ledger.lease.", "ledger.put.")))]  # nothing is left to generate
@@ -99,6 +101,7 @@ def test_killed_at_any_point_of_a_resume_past_a_damaged_checkpoint(tmp_path: Pat
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.fault(7, 11, invariants="I1 I2 I5 I6")
 def test_killed_again_and_again_it_arrives(tmp_path: Path, weights: str) -> None:
     """Each attempt gets a little further; every one of them leaves sound books."""
     (directory,) = fresh(tmp_path, ["run"])

@@ -63,6 +63,7 @@ def step_on(root: Path) -> int:
     return 0 if found is None else found.step
 
 
+@pytest.mark.fault(7, invariants="I5")
 def test_after_a_power_cut_there_is_the_old_checkpoint_or_the_new_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk, seen = Disk(), list[str]()
     monkeypatch.setattr(os, "fsync", disk.fsync)  # no seam for this: the program should not be able to skip a flush

@@ -289,6 +289,7 @@ TWO_LOSSES = [
 
 
 @pytest.mark.parametrize("faults", ONE_LOSS + TWO_LOSSES, ids=lambda faults: "-".join(f"{method}{count}" for method, count in faults))
+@pytest.mark.fault(6, invariants="I2 I5")
 def test_a_lost_learner_changes_nothing_in_the_end(undisturbed: Played, tmp_path: Path, faults: list[tuple[str, int]]) -> None:
     played = play(tmp_path / "run", FakeLearner(set(faults)))
     assert played.failure is None
@@ -305,6 +306,7 @@ def test_a_lost_learner_changes_nothing_in_the_end(undisturbed: Played, tmp_path
 
 @pytest.mark.parametrize(("staleness", "interval"), [(0, 2), (1, 1), (2, 3)])
 @pytest.mark.parametrize("faults", [("preference_step", 4), ("retire", 4), ("save", 3)], ids=str)
+@pytest.mark.fault(6, invariants="I4 I6")
 def test_staleness_bound_and_books_hold_when_the_learner_is_lost(tmp_path: Path, staleness: int, interval: int, faults: tuple[str, int]) -> None:
     """With an interval of 3 the checkpoints of steps 2 and 4 lie before and after a published version."""
     played = play(tmp_path / "run", FakeLearner({faults}), staleness, interval)
@@ -390,6 +392,7 @@ def test_the_learner_and_the_recovery_call_the_role_the_same() -> None:
 # ---- a step that is skipped --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(23, invariants="I5 I9")
 def test_a_skipped_step_is_written_down_and_the_run_goes_on(undisturbed: Played, tmp_path: Path) -> None:
     played = play(tmp_path / "run", FakeLearner(bad={("sft", 2): "grad_norm", ("preference", 3): "loss"}), max_bad_steps=1)
     assert played.failure is None
@@ -410,6 +413,7 @@ def test_a_skipped_step_is_written_down_and_the_run_goes_on(undisturbed: Played,
     assert row.trained == STEPS * BATCH  # its pairs count as used
 
 
+@pytest.mark.fault(23, invariants="I9")
 def test_too_many_skipped_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     bad = {("preference", step): "loss" for step in (1, 3, 4, 5)}
     played = play(tmp_path / "run", FakeLearner(bad=bad), max_bad_steps=2)

@@ -70,6 +70,7 @@ class Putter(threading.Thread):
 
 @pytest.mark.integration
 @pytest.mark.timeout(180)
+@pytest.mark.fault(9, invariants="I1")
 def test_what_was_acknowledged_survives_sigkill(cluster, tmp_path):
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=64)(PairBuffer).remote(str(tmp_path / "buffer.db"))
     incarnation = ask(actor.begin_incarnation)

@@ -242,6 +242,8 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.fault(4, invariants="I7")
+@pytest.mark.fault(19, invariants="I3")
 def test_foreign_bytes_are_refused_and_the_engine_dies_with_its_owner(tmp_path: Path) -> None:
     script = tmp_path / "owner.py"
     script.write_text(OWNER)

@@ -17,7 +17,7 @@ import pytest
 import ray
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from learner.batch import collate_packed, example_row
 from learner.deepspeed_engine import join
@@ -38,29 +38,6 @@ STEPS = 4
 
 
 # ---- parts ------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        tie_word_embeddings=True, initializer_range=0.1,
-    )  # fmt: skip
-    directory = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(shape).save_pretrained(directory)
-    (directory / "tokenizer.json").write_text("{}")
-    return str(directory)
-
-
-@pytest.fixture(scope="module")
-def joined() -> None:
-    """DeepSpeed's group of one, once a process: it cannot be joined twice."""
-    if not torch.distributed.is_initialized():
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        join(0, 1, "127.0.0.1", port, "gloo", 60.0)
 
 
 @pytest.fixture

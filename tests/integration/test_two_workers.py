@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 PROMPTS = 24
 
 
+@pytest.mark.fault(1, invariants="I1 I3 I6")
 def test_two_workers_share_prompts_take_versions_and_survive_a_kill(tmp_path: Path) -> None:
     """The story runs in a process of its own: Ray and vLLM leave threads and handlers behind that no other test should meet."""
     done = subprocess.run(

@@ -112,6 +112,7 @@ def every() -> Iterator[Callable[[Callable[[int], object], int], list[object]]]:
 
 @pytest.mark.simulation
 @pytest.mark.timeout(600)
+@pytest.mark.fault(1, 2, 3, 6, 9, 11, 17, 18, 24, 26, 27, 30, invariants="I1 I2 I3 I4 I6")
 def test_invariants_hold_in_every_schedule(every, capsys):
     counters = every(play_mixed, SCHEDULES)
     shares = {name: times / len(counters) for name, times in sum(counters, Counter()).most_common()}
@@ -123,6 +124,7 @@ def test_invariants_hold_in_every_schedule(every, capsys):
 
 @pytest.mark.simulation
 @pytest.mark.timeout(600)
+@pytest.mark.fault(3, 6, 18, invariants="I4")
 def test_the_staleness_bound_holds_under_frequent_faults(every):
     counters = every(play_rough, ROUGH_SCHEDULES)
     total = sum(counters, Counter())
@@ -133,11 +135,13 @@ def test_the_staleness_bound_holds_under_frequent_faults(every):
 
 @pytest.mark.simulation
 @pytest.mark.timeout(600)
+@pytest.mark.fault(1, 2, 6, 11, invariants="I5")
 def test_synchronous_batches_do_not_depend_on_faults_or_workers(every):
     assert all(every(play_twice, SYNCHRONOUS_SCHEDULES)), "the batches differ"
 
 
 @pytest.mark.simulation
+@pytest.mark.fault(24, invariants="I6")
 def test_a_poison_prompt_is_refused_and_its_neighbours_are_not():
     for seed in range(30):
         settings = Settings(

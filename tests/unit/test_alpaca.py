@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,13 @@ def test_a_child_that_fails_is_one_line(tmp_path: Path, script: str, error: type
 def test_an_interpreter_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentProblem, match="cannot be started"):
         run_alpaca_eval(MINE, THEIRS, JUDGE, {}, python=str(tmp_path / "absent"))
+
+
+def test_an_interpreter_may_be_named_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = os.path.relpath(interpreter(tmp_path, "sys.exit('here')"))
+    with pytest.raises(RunFailed, match="exit status 1: here"):
+        run_alpaca_eval(MINE, THEIRS, JUDGE, {}, python=f"./{name}")
 
 
 def test_a_judge_of_the_package_keeps_its_prompt_and_asks_our_server() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import islice
@@ -18,23 +19,22 @@ from sgpo_dist.chaos import (
     STORED,
     Deed,
     Injected,
-    Mark,
     Outcome,
     Record,
+    Sample,
     draw_faults,
     is_steady,
-    memory_span,
+    memory_verdict,
     outcome_of,
     pause_seconds,
     problems_of,
-    stalls_everything,
-    steps_repeated,
     table_lines,
-    useful_share,
+    trend_lines,
 )
 from sgpo_dist.checkpoint import CheckpointStore
 from sgpo_dist.cli.chaos import FILE_NAME
 from sgpo_dist.errors import CheckpointError
+from sgpo_dist.faults import Mark
 from sgpo_dist.run_directory import RunDirectory
 from sgpo_dist.saboteur import LiveRun, Orders, Saboteur, damage_file
 
@@ -48,9 +48,9 @@ def test_a_seed_draws_the_same_faults_and_another_seed_others() -> None:
 
 
 def test_every_kind_comes_once_before_any_comes_again_and_as_often_as_asked() -> None:
-    faults = list(islice(draw_faults(3, 20.0, list(KINDS)), 14 * 200))
-    for first in range(0, len(faults), 14):
-        assert Counter(fault.kind for fault in faults[first : first + 14]) == dict.fromkeys(KINDS, 1)
+    faults = list(islice(draw_faults(3, 20.0, list(KINDS)), 16 * 200))
+    for first in range(0, len(faults), 16):
+        assert Counter(fault.kind for fault in faults[first : first + 16]) == dict.fromkeys(KINDS, 1)
     assert sum(fault.wait_s for fault in faults) / len(faults) == pytest.approx(20.0, rel=0.1)
     assert all(0.0 <= share < 1.0 for fault in faults for share in (fault.victim, fault.size))
 
@@ -103,6 +103,7 @@ BEFORE = marks((1.0, "attempt"), (90.0, "worker_lost"), (95.0, "worker_started")
         ("pause-buffer", [(102.0, STORED, {"count": 6}), (103.0, "step"), (105.0, "step")], None, None),  # still stopped at 103
         ("kill-driver", [(110.0, "attempt"), (140.0, "version_published")], "driver resumed", 140.0),
         ("kill-driver", [(100.5, "version_published"), (110.0, "attempt")], None, None),
+        ("pause-driver", [(105.0, STORED, {"count": 6})], "went on", 105.0),
         ("stop-driver", [(110.0, "attempt"), (140.0, "version_published")], "driver resumed", 140.0),
         ("kill-worker", [(109.0, "attempt_ended", {"reason": "done"})], "the run was done first", 109.0),
         ("kill-worker", [(109.0, "attempt_ended", {"reason": "RunFailed"})], None, None),
@@ -156,14 +157,6 @@ def record(kind: str, seconds: float | None, number: int = 1, ok: bool = True) -
     return Record(fault(kind, number=number), outcome)
 
 
-def test_useful_share_counts_only_what_stalls_everything() -> None:
-    records = [record("kill-driver", 30.0), record("kill-worker", 20.0), record("second-driver", 40.0), record("kill-buffer", 10.0)]
-    assert useful_share(records, workers=2, wall_s=200.0) == pytest.approx(0.8)  # 30 + 10 of 200
-    assert useful_share(records, workers=1, wall_s=200.0) == pytest.approx(0.7)  # the only worker counts too
-    assert useful_share([record("kill-driver", 300.0)], workers=1, wall_s=200.0) == 0.0
-    assert {kind for kind in KINDS if not stalls_everything(kind, workers=1)} == {"second-driver"}
-
-
 def test_the_table_has_a_line_a_kind_with_median_and_worst() -> None:
     records = [record("kill-driver", None), *(record("kill-worker", seconds) for seconds in (10.0, 40.0, 12.0))]
     assert table_lines(records)[1:] == [
@@ -179,12 +172,24 @@ def test_problems_are_named_by_fault() -> None:
     assert problems_of(records) == ["fault 2 (kill-buffer): not recovered", "fault 3 (second-driver): not refused"]
 
 
-def test_repeated_steps_and_memory() -> None:
-    steps = [("sft", 1), ("sft", 2), ("sft", 2), ("preference", 1), ("preference", 2), ("preference", 1), ("preference", 2)]
-    assert steps_repeated([Mark(1.0, "step", {"stage": stage, "step": step}) for stage, step in steps]) == 3
-    assert memory_span([9, 1, 2, 5, 5, 5, 7, 8, 100]) == (2, 8)
-    assert memory_span([3]) == (3, 3)
-    assert memory_span([]) == (0, 0)
+def held(*workers: int, shared: int = 0) -> list[Sample]:
+    return [Sample(30.0 * number, {"driver": 100 * 2**20, "worker": mib * 2**20}, shared, 50, 7) for number, mib in enumerate(workers)]
+
+
+def test_memory_is_compared_by_the_medians_of_the_thirds() -> None:
+    samples = held(900, 100, 300, 500, 500, 500, 400, 340, 10)  # medians 300 and 340, beside the driver's 100
+    assert trend_lines(samples)[1:] == [
+        ["memory: driver", "100 MiB", "100 MiB", "+0.0%"],
+        ["memory: worker", "300 MiB", "340 MiB", "+13.3%"],
+        ["memory: all", "400 MiB", "440 MiB", "+10.0%"],
+        ["shared memory", "0 MiB", "0 MiB", "+0.0%"],
+        ["open files", "50", "50", "+0.0%"],
+        ["processes", "7", "7", "+0.0%"],
+    ]
+    assert memory_verdict(held(*[300] * 6, *[310] * 3)) == "memory flat: +2.5%"
+    assert memory_verdict(held(*[300] * 6, *[700] * 3)) == "memory grew: +100.0%"
+    assert memory_verdict(held(300)) == "memory: too short a run to tell (1 samples)"
+    assert trend_lines([])[1] == ["memory: all", "0 MiB", "0 MiB", "+0.0%"]
 
 
 # ---- the saboteur on a hand-made run -------------------------------------------------------------------------------------------------
@@ -300,15 +305,15 @@ def play(run: FakeRun, kinds: Sequence[str] = tuple(KINDS), count: int | None = 
 
 def test_all_kinds_are_done_and_recovered_from_one_at_a_time() -> None:
     run = FakeRun()
-    found = play(run, count=28)
+    found = play(run, count=32)
     assert found.problems == []
     assert Counter(done.fault.kind for done in found.records) == dict.fromkeys(KINDS, 2)
     ends = [done.outcome.recovered_at for done in found.records if done.outcome]
     assert all(later.fault.time >= end for end, later in zip(ends, found.records[1:], strict=False))
-    assert run.starts == 1 + 2 * 4  # two each of kill, stop, flip and cut ended the driver
+    assert run.starts == 1 + 2 * 5  # two each of kill, stop, flip, cut and drop ended the driver
     assert not run.stopped
     assert run.deeds[-1] == (1, signal.SIGTERM)
-    assert sum(deed == (1, signal.SIGKILL) for deed in run.deeds) == 6
+    assert sum(deed == (1, signal.SIGKILL) for deed in run.deeds) == 8
     by_kind = {done.fault.kind: done for done in found.records}
     assert by_kind["kill-learner"].recovery_s == pytest.approx(3.0, abs=0.6)
     assert by_kind["cut-checkpoint"].fault.detail.endswith("/cut")
@@ -404,7 +409,7 @@ def test_marks_are_read_once_and_a_torn_line_is_passed_over(finished: RunDirecto
     assert seen[-1].kind == "late"
 
 
-@pytest.mark.parametrize("deed", [Deed.FLIP, Deed.CUT])
+@pytest.mark.parametrize("deed", [Deed.FLIP, Deed.CUT, Deed.DROP])
 def test_the_newest_checkpoint_is_damaged_only_when_another_is_left(finished: RunDirectory, deed: Deed) -> None:
     run, store = live([], finished.path), CheckpointStore(finished.checkpoints, run_id=finished.run_id)
     assert run.checkpoints() == 1
@@ -429,36 +434,42 @@ def test_a_byte_is_turned_or_the_rest_is_gone(tmp_path: Path) -> None:
     assert path.read_bytes() == b"\x00\x01\xfd\x03"
     damage_file(path, Deed.CUT, 0.99)
     assert path.read_bytes() == b"\x00\x01\xfd"
+    damage_file(path, Deed.DROP, 0.5)
+    assert not path.exists()
 
 
 ORPHANAGE = """
-import ctypes, subprocess, sys, time
-child = [sys.executable, "-c", "import ctypes, time; ctypes.CDLL(None).prctl(15, b'ray::PairBuffer'); print('up', flush=True); time.sleep(60)"]
-process = subprocess.Popen(child, start_new_session=True, stdout=subprocess.PIPE)
-process.stdout.readline()
+import ctypes, os, time
+if os.fork():
+    time.sleep(60)
+os.setsid()
+ctypes.CDLL(None).prctl(15, b"ray::PairBuffer")
 print("ready", flush=True)
 time.sleep(60)
 """
 
 
 def test_processes_are_found_by_title_and_what_outlives_the_driver_is_named_and_ended(tmp_path: Path) -> None:
-    run = live([sys.executable, "-c", ORPHANAGE], tmp_path / "run", grace_s=0.0)
+    run = live([sys.executable, "-I", "-S", "-c", ORPHANAGE], tmp_path / "run", grace_s=0.0)
     run.start()
     while run.last_words() != "ready":
-        run.sleep(0.02)
+        time.sleep(0.005)
     (child,), (driver,) = run.pids("ray::PairBuffer"), run.pids("")
     assert run.code() is None
     assert psutil.Process(child).ppid() == driver
     run.send(driver, signal.SIGKILL)
     while run.code() is None:
-        run.sleep(0.02)
+        time.sleep(0.005)
     assert run.code() == -9
     assert run.leftovers() == [f"{child} ray::PairBuffer"]
-    psutil.wait_procs([psutil.Process(child)] if psutil.pid_exists(child) else [], 10)
-    assert run.leftovers() == []
+    while run.leftovers():
+        time.sleep(0.005)
     run.send(child, signal.SIGCONT)  # of a process that is gone: nothing
-    assert len(run.memory) == 1
-    assert run.memory[0] > 2**20
+    (sample,) = run.samples
+    assert set(sample.resident) == {"driver", "buffer"}
+    assert min(sample.resident.values()) > 2**20
+    assert sample.processes == 2
+    assert sample.files >= 6  # three standard streams each
 
 
 # ---- the command -------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,6 +55,7 @@ def test_a_draft_is_not_a_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest", "no manifest"])
+@pytest.mark.fault(21, invariants="I5 I9")
 def test_damage_falls_back_to_the_one_before_and_says_so(tmp_path: Path, damage: str) -> None:
     save(store(tmp_path), 1, "first")
     newest = save(store(tmp_path), 2, "second")
@@ -88,6 +90,7 @@ def test_all_damaged_is_an_error_and_not_a_fresh_start(tmp_path: Path) -> None:
     ("field", "value", "words"),
     [("run_id", "1" * 32, "another run"), ("format", "other", "not written by"), ("format_version", 2, "format 2")],
 )
+@pytest.mark.fault(28, invariants="I9")
 def test_a_strangers_checkpoint_is_refused(tmp_path: Path, field: str, value: object, words: str) -> None:
     manifest = save(store(tmp_path), 4) / MANIFEST_NAME
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), field: value, "seal": ""}))
@@ -118,6 +121,7 @@ def test_the_newest_commit_counts_even_if_its_step_is_smaller(tmp_path: Path) ->
     assert content(tmp_path) == (15, "after going back to 10")
 
 
+@pytest.mark.fault(20, invariants="I5 I9")
 def test_too_little_disk_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     save(store(tmp_path), 1)
     full = store(tmp_path, min_free_bytes=100, free_bytes=lambda _: 100 + len("weights") + len("rows") - 1)
@@ -176,6 +180,7 @@ for point in sys.argv[4:]:
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["next step", "same step again"])
+@pytest.mark.fault(7, invariants="I5")
 def test_killed_at_any_point_leaves_the_old_or_the_new_one(tmp_path: Path, again: bool) -> None:
     second = 1 if again else 2
     points = [point for point in CRASH_POINTS if again or point != "ckpt.old_moved"]
@@ -200,3 +205,34 @@ def test_crash_point_counts_and_without_a_name_does_nothing() -> None:
     other("ckpt.renamed")
     other("ckpt.begun")
     other("ckpt.renamed")
+
+
+# ---- a checkpoint that comes from elsewhere ----------------------------------------------------------------------------------------
+
+
+def brought(at: CheckpointStore, source: Path, step: int) -> Path:
+    return shutil.copytree(source, at.begin(step), dirs_exist_ok=True)
+
+
+def test_what_is_adopted_is_the_stores_own(tmp_path: Path) -> None:
+    source = save(store(tmp_path / "elsewhere"), 4, "from elsewhere")
+    here = store(tmp_path / "here")
+    found = here.adopt(brought(here, source, 4))
+    assert (found.path, found.step, found.facts["step"]) == (tmp_path / "here" / "step-4", 4, 4)
+    assert content(tmp_path / "here") == (4, "from elsewhere")
+    save(here, 5, "and on")
+    assert content(tmp_path / "here") == (5, "and on")
+
+
+def test_a_damaged_or_foreign_one_is_not_adopted(tmp_path: Path) -> None:
+    source = save(store(tmp_path / "elsewhere"), 4)
+    here = store(tmp_path / "here")
+    draft = brought(here, source, 4)
+    (draft / "buffer.db").write_bytes(b"ROWS")
+    with pytest.raises(CheckpointError, match="damaged"):
+        here.adopt(draft)
+    other = CheckpointStore(tmp_path / "here", run_id="1" * 32)
+    foreign = brought(other, source, 4)
+    with pytest.raises(CheckpointError, match="another run"):
+        other.adopt(foreign)
+    assert not (tmp_path / "here" / "step-4").exists()

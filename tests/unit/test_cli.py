@@ -24,7 +24,7 @@ from sgpo_dist.errors import ConfigError, DataError, EnvironmentProblem, RunFail
 from sgpo_dist.run_directory import RunDirectory
 
 FROM_HERE = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-COMMANDS = ("train", "plan", "doctor", "status", "samples", "audit", "report", "eval", "export", "chaos")
+COMMANDS = ("train", "plan", "doctor", "status", "stop", "samples", "audit", "report", "eval", "export", "chaos")
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,7 @@ def test_an_endpoint_without_keys_gets_none() -> None:
     assert server.keys == [None]
 
 
+@pytest.mark.fault(25, invariants="I9")
 def test_passing_faults_are_tried_again_after_growing_jittered_pauses() -> None:
     pauses = Pauses()
     with FakeEndpoint(fault=in_order(overloaded("7"), broken(500), broken(503), overloaded())) as server:
@@ -103,9 +104,10 @@ def test_a_pause_of_hours_is_not_waited_for() -> None:
     assert (len(server.bodies), pauses.seconds) == (1, [])
 
 
+@pytest.mark.fault(25, invariants="I9")
 def test_hangs_drops_and_unreadable_bodies_are_tried_again() -> None:
     with FakeEndpoint(fault=in_order(JUNK, HANGS, WRONG_JSON, DROPS, EMPTY)) as server:
-        endpoint = client(server, timeout_s=1.0)
+        endpoint = client(server, timeout_s=0.4)
         assert answer(endpoint) == "fine"
     assert endpoint.counts.retries == {"unreadable": 2, "timeout": 1, "connection": 1, "empty": 1}
 
@@ -265,10 +267,11 @@ def test_at_most_so_many_requests_at_once() -> None:
     assert (len(server.bodies), server.most_at_once <= 3) == (12, True)
 
 
+@pytest.mark.fault(25, invariants="I6")
 def test_in_a_storm_every_question_is_answered_or_counted() -> None:
     weather = [overloaded("0"), None, HANGS, JUNK, None, broken(502), EMPTY, DROPS, None, WRONG_JSON, broken(400)]
     with FakeEndpoint(lambda body: f"re: {body['messages'][0]['content']}", lambda number: weather[number % len(weather)]) as server:
-        endpoint = client(server, max_retries=2, timeout_s=1.0, max_concurrency=5)
+        endpoint = client(server, max_retries=2, timeout_s=0.4, max_concurrency=5)
 
         async def ask(number: int) -> str:
             try:

@@ -6,6 +6,7 @@ And the doors to remote roles: retries through outages, and what Ray's exception
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,11 @@ from typing import Any
 
 import pytest
 from ray import exceptions
+from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
 
 from actors.fleet import FleetSpec, RayFleet, RestartPolicy, share_cores, spread, tail
-from actors.handles import Unavailable, call, init_infos, mapped, through_outages
+from actors.handles import NodeLost, NoRoom, Unavailable, call, init_infos, mapped, through_outages
+from actors.nodes import HeadLost, NodeRecord, NodeView, RayNodes, away_from, one_machine, view_of
 from actors.vllm_engine import EngineSpec, engine_arguments, engine_environment, finish_reason, metadata_digest, sampling_arguments
 from sgpo_dist.config import PairGateConfig
 from sgpo_dist.errors import DataError, EnvironmentProblem, FencedError, RunFailed, SgpoError, WorkerFault
@@ -42,6 +45,7 @@ class FakeWorker:
     pairs: int = 0
     logp: float = -1.0
     held: asyncio.Event | None = None
+    node: str = "n1"
 
     async def _do(self, what: str, note: str = "") -> None:
         await asyncio.sleep(0)
@@ -75,6 +79,8 @@ class FakeWorker:
         return WorkerStats(self.worker_id, 0, 0, self.pairs, 0, 0, 0.0, 0)
 
     async def stop(self) -> None:
+        if self.held is not None:
+            await self.held.wait()
         await self._do("stop")
 
     def kill(self) -> None:
@@ -112,6 +118,10 @@ class World:
     workers: list[FakeWorker] = field(default_factory=list)
     pauses: list[float] = field(default_factory=list)
     held: dict[int, asyncio.Event] = field(default_factory=dict)
+    view: NodeView = field(default_factory=lambda: NodeView(frozenset({"n1"}), frozenset({"n1"})))
+    head: SgpoError | None = None
+    avoids: list[tuple[str, ...]] = field(default_factory=list)
+    parts: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         spec = FleetSpec(
@@ -130,9 +140,18 @@ class World:
             attempt=7,
             heartbeat_every_s=2.5,
         )
-        self.fleet = RayFleet(spec, FakeBuffer(self.diary), lambda kind, **fields: self.events.append((kind, fields)), self.launch, sleep=self.sleep)
+        buffer = FakeBuffer(self.diary)
+        self.fleet = RayFleet(spec, buffer, lambda kind, **fields: self.events.append((kind, fields)), self.launch, self.look, sleep=self.sleep)
 
-    def launch(self, worker_id: str, index: int, count: int) -> FakeWorker:
+    async def look(self) -> NodeView:
+        await asyncio.sleep(0)
+        if self.head is not None:
+            raise self.head
+        return self.view
+
+    def launch(self, worker_id: str, index: int, count: int, avoid: tuple[str, ...]) -> FakeWorker:
+        self.avoids.append(avoid)
+        self.parts.append((index, count))
         number = len(self.workers)
         plan = self.plans[number] if number < len(self.plans) else {}
         self.workers.append(FakeWorker(worker_id, plan, self.diary, held=self.held.get(number)))
@@ -175,6 +194,67 @@ def test_pauses_double_up_to_a_minute_and_the_budget_ends() -> None:
     assert RestartPolicy(max_restarts=0).crashed() is None
 
 
+@pytest.mark.fault(13, invariants="I6")
+def test_workers_that_went_with_their_node_spend_no_budget() -> None:
+    policy = RestartPolicy(max_restarts=1)
+    assert [policy.lost_node() for _ in range(8)] == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    assert (policy.crashed(), policy.crashed()) == (1.0, None)
+    policy.progressed()
+    assert policy.lost_node() == 1.0
+
+
+def test_a_node_is_avoided_after_three_failures_without_a_pair_and_for_ten_minutes() -> None:
+    both, record = frozenset({"a", "b"}), NodeRecord()
+    assert [record.failed("a", now) for now in (0.0, 1.0)] == [False, False]
+    assert record.avoided(both, 2.0) == ()
+    record.progressed("a")
+    assert [record.failed("a", now) for now in (3.0, 4.0, 5.0)] == [False, False, True]
+    assert record.avoided(both, 604.0) == ("a",)
+    assert record.avoided(frozenset({"a"}), 604.0) == ()  # better a bad node than none
+    assert record.avoided(both, 605.0) == ()
+    assert record.failed("a", 606.0)  # it had its one chance
+    record.lost("b", 606.0)
+    assert record.avoided(frozenset({"a", "b", "c"}), 607.0) == ("a", "b")
+
+
+def test_nodes_to_avoid_in_ray_s_words() -> None:
+    assert away_from(()) == {}
+    assert away_from(("aa",)) == {"ray.io/node-id": "!aa"}
+    assert away_from(("aa", "bb")) == {"ray.io/node-id": "!in(aa, bb)"}
+
+
+def test_ray_s_rows_become_a_view() -> None:
+    def row(node: str, alive: bool, **resources: float) -> dict[str, Any]:
+        return {"NodeID": node, "Alive": alive, "Resources": resources}
+
+    rows = [row("big", True, CPU=8.0, GPU=1.0), row("small", True, CPU=8.0), row("gone", False)]
+    view = view_of(rows, {"big": 1_090_000, "small": 0}, now=1000.0, num_cpus=0.5, num_gpus=1.0)
+    assert view == NodeView(frozenset({"big", "small"}), frozenset({"big"}), {"big": 90.0, "small": float("inf")})
+
+
+def test_a_head_that_does_not_answer_is_an_error_and_later_the_end_of_a_process_that_hangs() -> None:
+    said: list[str] = []
+    gone = threading.Event()
+
+    def never() -> NodeView:
+        gone.wait(5)
+        raise exceptions.RaySystemError("gone")
+
+    async def story() -> None:
+        with pytest.raises(HeadLost, match=r"has not answered for 0\.15 s; start the cluster again"):
+            await RayNodes(never, 0.15, 0.15, said.append)()
+        assert said == []
+        await until(lambda: bool(said))
+        assert said[0].startswith("the Ray cluster's head (GCS) has not answered")
+        gone.set()
+        view = await one_machine()
+        assert await RayNodes(lambda: view, 0.15, 0.15, said.append)() is view
+        await asyncio.sleep(0.35)
+        assert len(said) == 1  # whoever has an answer is left alone
+
+    play(story())
+
+
 def test_cores_are_shared_evenly_and_requests_dealt_like_cards() -> None:
     assert [share_cores((0, 1), i, 2) for i in range(2)] == [(0,), (1,)]
     assert [share_cores(range(8), i, 3) for i in range(3)] == [(0, 1), (2, 3, 4), (5, 6, 7)]
@@ -202,6 +282,7 @@ def test_workers_start_side_by_side_and_serve_in_order() -> None:
     play(story())
 
 
+@pytest.mark.fault(1, invariants="I3 I6")
 def test_a_lost_worker_s_leases_return_and_its_successor_has_the_version_before_the_task() -> None:
     async def story() -> None:
         w = World()
@@ -221,12 +302,13 @@ def test_a_lost_worker_s_leases_return_and_its_successor_has_the_version_before_
         ]
         assert w.crash_pauses == [1.0]
         assert [kind for kind, _ in w.events] == ["worker_started", "worker_lost", "worker_started"]
-        assert w.events[1][1] == {"worker": "rollout-0.7.1", "reason": "its process died"}
+        assert w.events[1][1] == {"worker": "rollout-0.7.1", "node": "n1", "reason": "its process died", "log": "out of luck"}
         watching.cancel()
 
     play(story())
 
 
+@pytest.mark.fault(19, invariants="I3")
 def test_a_worker_that_cannot_prove_a_version_is_rebuilt_and_the_others_proofs_count() -> None:
     async def story() -> None:
         w = World()
@@ -240,6 +322,7 @@ def test_a_worker_that_cannot_prove_a_version_is_rebuilt_and_the_others_proofs_c
     play(story())
 
 
+@pytest.mark.fault(5, invariants="I3")
 def test_when_nobody_proves_a_version_the_first_rebuilt_worker_is_waited_for() -> None:
     async def story() -> None:
         w = World()
@@ -294,6 +377,7 @@ def test_a_version_published_while_a_worker_starts_is_the_one_it_gets_live_with(
     play(story())
 
 
+@pytest.mark.fault(5, invariants="I9")
 def test_a_crash_loop_ends_the_run_with_the_log_s_last_lines() -> None:
     async def story() -> None:
         w = World([{"start": FAULT} for _ in range(9)], max_restarts=3)
@@ -316,7 +400,7 @@ def test_a_pair_in_between_starts_the_count_afresh() -> None:
             await until(lambda life=life: len(w.workers) > life and bool(w.fleet._live))
             w.workers[life].pairs = 1
             pauses = len(w.pauses)
-            await until(lambda pauses=pauses: len(w.pauses) > pauses + 2)  # a heartbeat has seen the pair
+            await until(lambda pauses=pauses: len(w.pauses) > pauses + 4)  # a heartbeat has seen the pair
             w.workers[life].plan["heartbeat"] = FAULT
         await until(lambda: len(w.workers) == 4)
         assert w.crash_pauses == [1.0, 1.0, 1.0]
@@ -360,6 +444,7 @@ def test_requests_of_a_lost_worker_are_asked_of_the_others() -> None:
     play(story())
 
 
+@pytest.mark.fault(16, invariants="I6")
 def test_end_reaches_everyone_and_scale_dismisses_the_last() -> None:
     async def story() -> None:
         w = World()
@@ -372,6 +457,134 @@ def test_end_reaches_everyone_and_scale_dismisses_the_last() -> None:
         assert w.diary[-2:] == ["rollout-1.7.2 stop", "rollout-1.7.2 kill"]
         await w.fleet.begin(TASK)
         assert w.diary[-1] == "rollout-0.7.1 begin"
+
+    play(story())
+
+
+# ---- nodes that go, drain and are bad -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(13, invariants="I6")
+def test_a_worker_that_went_with_its_node_is_no_crash_and_its_prompts_are_not_to_blame() -> None:
+    async def story() -> None:
+        w = World(max_restarts=0, view=NodeView(frozenset({"n1", "n2"}), frozenset({"n1", "n2"})))
+        await w.fleet.start(1)
+        await w.fleet.begin(TASK)
+        w.workers[0].plan["heartbeat"] = NodeLost("rollout-0.7.1", "its node died")
+        watching = asyncio.create_task(w.fleet.supervise())
+        await until(lambda: "rollout-0.7.2 begin" in w.diary)
+        assert "rollout-0.7.1 gives back for 5, crashed False" in w.diary
+        assert w.avoids == [(), ("n1",)]
+        assert w.crash_pauses == [1.0]
+        assert not watching.done()
+        watching.cancel()
+
+    play(story())
+
+
+@pytest.mark.fault(14, invariants="I6")
+def test_a_worker_on_a_draining_node_leaves_in_good_order_and_is_replaced_at_once() -> None:
+    async def story() -> None:
+        w = World(max_restarts=0)
+        await w.fleet.start(2)
+        await w.fleet.begin(TASK)
+        w.workers[1].node = "n2"
+        watching = asyncio.create_task(w.fleet.supervise())
+        w.view = NodeView(frozenset({"n1", "n2"}), frozenset({"n1"}), {"n2": 90.0, "n3": 5.0})
+        await until(lambda: "rollout-1.7.3 begin" in w.diary and "rollout-1.7.2 kill" in w.diary)
+        leaver = [line.removeprefix("rollout-1.7.2 ") for line in w.diary if line.startswith("rollout-1.7.2")]
+        assert leaver == ["start", "begin", "stop", "kill"]
+        assert ("worker_leaves", {"worker": "rollout-1.7.2", "node": "n2", "seconds_left": 90.0}) in w.events
+        assert not any(kind == "worker_lost" for kind, _ in w.events)
+        assert w.crash_pauses == []
+        assert len(w.workers) == 3  # the other one stays where it is
+        assert w.parts == [(0, 2), (1, 2), (0, 1)]  # on a cluster of two machines nobody shares cores
+        watching.cancel()
+
+    play(story())
+
+
+@pytest.mark.fault(14, invariants="I6")
+def test_a_worker_that_does_not_leave_in_time_is_ended_before_the_node_is() -> None:
+    async def story() -> None:
+        w = World(max_restarts=0)
+        await w.fleet.start(1)
+        await w.fleet.begin(TASK)
+        w.workers[0].node, w.workers[0].held = "n2", asyncio.Event()
+        watching = asyncio.create_task(w.fleet.supervise())
+        w.view = NodeView(frozenset({"n1", "n2"}), frozenset({"n1"}), {"n2": 2.01})  # 0.01 s, after the margin of 2
+        await until(lambda: "rollout-0.7.1 kill" in w.diary)
+        assert "rollout-0.7.1 gives back for 5, crashed False" in w.diary
+        assert "rollout-0.7.1 stop" not in w.diary
+        assert [fields["reason"] for kind, fields in w.events if kind == "worker_lost"] == ["while leaving its node: too late"]
+        watching.cancel()
+
+    play(story())
+
+
+def test_a_node_where_three_workers_in_a_row_crashed_is_avoided_once_another_can_hold_them() -> None:
+    async def story() -> None:
+        w = World([{"start": FAULT} for _ in range(3)], max_restarts=10, view=NodeView(frozenset({"n1", "n2"}), frozenset({"n1", "n2"})))
+        await w.fleet.start(1)
+        assert w.avoids == [(), (), (), ("n1",)]
+        assert ("node_avoided", {"node": "n1", "failures": 3, "seconds": 600.0}) in w.events
+
+        w = World([{"start": FAULT}, {"start": FAULT}], max_restarts=10, view=w.view)
+        await w.fleet.start(1)
+        watching = asyncio.create_task(w.fleet.supervise())
+        w.workers[2].pairs = 1
+        pauses = len(w.pauses)
+        await until(lambda: len(w.pauses) > pauses + 4)  # a heartbeat has seen the pair
+        w.workers[2].plan["heartbeat"] = FAULT
+        await until(lambda: len(w.workers) == 4)
+        assert w.avoids == [(), (), (), ()]  # a pair was made there
+        watching.cancel()
+
+    play(story())
+
+
+def test_no_room_is_waited_out_while_somebody_works_and_ends_a_run_that_has_nobody() -> None:
+    no_room = NoRoom("no node had room for rollout-1")
+
+    async def story() -> None:
+        w = World(max_restarts=0)
+        await w.fleet.start(1)
+        w.plans = [{}, {"start": no_room}, {"start": no_room}]
+        await w.fleet.scale(2)
+        await until(lambda: len(w.fleet._live) == 2)  # the third one found room
+        assert len(w.workers) == 4
+        assert w.crash_pauses == []
+        assert [kind for kind, _ in w.events] == ["worker_started", "worker_waits", "worker_waits", "worker_started"]
+
+        w = World([{}, {"start": no_room}], max_restarts=0)
+        with pytest.raises(EnvironmentProblem, match="no node had room"):
+            await w.fleet.start(2)  # two were asked for and there is room for one
+
+        w = World([{}, {"start": no_room}], max_restarts=0)
+        await w.fleet.start(1)
+        w.workers[0].plan["heartbeat"] = NodeLost("rollout-0", "its node died")
+        with pytest.raises(EnvironmentProblem, match="no node had room"):
+            await w.fleet.supervise()
+
+    play(story())
+
+
+@pytest.mark.fault(15, invariants="I9")
+def test_a_lost_head_ends_supervision_though_a_heartbeat_hangs() -> None:
+    async def story() -> None:
+        w = World()
+        await w.fleet.start(1)
+
+        async def never() -> WorkerStats:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        w.workers[0].heartbeat = never  # type: ignore[method-assign]
+        w.head = HeadLost("the head has not answered")
+        with pytest.raises(EnvironmentProblem, match="the head has not answered"):
+            await w.fleet.supervise()
+        await w.fleet.stop()
+        assert w.diary[-2:] == ["rollout-0.7.1 start", "rollout-0.7.1 kill"]  # for a good order there is no time
 
     play(story())
 
@@ -414,6 +627,7 @@ def test_an_outage_that_does_not_end_is_a_fault() -> None:
     assert 5.0 < outages.now <= 10.0
 
 
+@pytest.mark.fault(22, invariants="I9")
 def test_rays_exceptions_become_ours_and_ours_come_back_as_they_were() -> None:
     fenced = FencedError("incarnation 1 is fenced off")
     wrapped = exceptions.RayTaskError("put", "traceback", fenced)
@@ -426,6 +640,19 @@ def test_rays_exceptions_become_ours_and_ours_come_back_as_they_were() -> None:
     died = mapped(exceptions.ActorDiedError(), "rollout-0")
     assert (type(died), str(died)) == (WorkerFault, "rollout-0: its process died")
     assert "ran out of memory" in str(mapped(exceptions.OutOfMemoryError("oom"), "rollout-0"))
+
+
+def test_a_node_s_end_is_told_from_its_actor_s() -> None:
+    died = ActorDiedErrorContext(actor_id=b"0" * 16, error_message="The actor died because its node has died. Node Id: 1f")
+    killed = ActorDiedErrorContext(actor_id=b"0" * 16, error_message="The actor is dead because its worker process has died.")
+    drained = ActorDiedErrorContext(actor_id=b"0" * 16, node_death_info=NodeDeathInfo(reason=NodeDeathInfo.AUTOSCALER_DRAIN_PREEMPTED))
+    reasons = [str(mapped(exceptions.ActorDiedError(context), "w")) for context in (died, killed, drained)]
+    assert reasons == ["w: its node died", "w: its process died", "w: its node was drained and is gone"]
+    lost = [mapped(exceptions.ActorDiedError(context), "w") for context in (died, drained)]
+    lost += [mapped(exceptions.NodeDiedError("gone"), "w"), mapped(exceptions.ObjectLostError("1f", None, ""), "w")]
+    assert [type(one) for one in lost] == [NodeLost] * 4
+    assert type(mapped(exceptions.ActorDiedError(killed), "w")) is WorkerFault
+    assert type(mapped(exceptions.OwnerDiedError("1f", None, ""), "w")) is WorkerFault
 
 
 def test_a_call_has_a_deadline() -> None:

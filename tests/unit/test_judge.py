@@ -136,6 +136,7 @@ def test_anything_but_one_letter_is_refused(answer: str) -> None:
         prefer(LlmJudge(Scripted("A", answer)), "a", "b")
 
 
+@pytest.mark.fault(25, invariants="I9")
 def test_a_server_without_an_answer_is_no_verdict() -> None:
     with pytest.raises(JudgeFailed, match="no answer in 3 attempts"):
         prefer(LlmJudge(Silent()), "a", "b")

@@ -162,6 +162,7 @@ def test_another_plan_is_refused_but_max_pairs_may_grow(open_desk):
 # ---- incarnations ------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(26, invariants="I2")
 def test_every_write_of_an_earlier_incarnation_is_refused(open_desk):
     desk = open_desk()
     lease = desk.lease(1)[0]
@@ -251,6 +252,7 @@ def test_given_back_leases_come_again_in_prompt_order(open_desk):
     assert desk.counts().returned_leases == 4
 
 
+@pytest.mark.fault(24, invariants="I6 I9")
 def test_a_poison_prompt_is_refused_after_five_failures_and_nobody_else(open_desk):
     desk = open_desk(prompts=6)
     held_with = []
@@ -288,6 +290,7 @@ def test_an_orderly_end_is_nobodys_fault(open_desk):
     assert desk.counts().refused == {}
 
 
+@pytest.mark.fault(9, 27, invariants="I6")
 def test_leases_survive_a_restart_of_the_buffer_with_fresh_deadlines(tmp_path, open_desk):
     desk = open_desk(path=tmp_path / "buffer.db")
     lease = desk.lease(2)[0]
@@ -317,6 +320,7 @@ def test_pairs_and_refusals_come_back_as_they_were_put(open_desk):
     assert desk.ledger.refusals(STAGE) == [bare, refusal(leases[3])]
 
 
+@pytest.mark.fault(2, 17, invariants="I2")
 def test_put_is_idempotent(open_desk):
     desk = open_desk()
     lease = desk.lease(1)[0]
@@ -329,6 +333,7 @@ def test_put_is_idempotent(open_desk):
     assert desk.put(pair(other), refusal(other)).duplicates == 2
 
 
+@pytest.mark.fault(3, invariants="I2 I6")
 def test_a_late_pair_is_taken_when_nobody_else_delivered(open_desk):
     desk = open_desk()
     lease = desk.lease(1)[0]
@@ -578,6 +583,7 @@ def test_a_backup_is_one_whole_file(tmp_path, open_desk):
     copy.close()
 
 
+@pytest.mark.fault(28, invariants="I9")
 def test_a_file_of_another_release_and_a_file_that_is_no_database_are_refused(tmp_path):
     with closing(sqlite3.connect(tmp_path / "new.db")) as db:
         db.execute("PRAGMA user_version = 99")

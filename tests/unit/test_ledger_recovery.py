@@ -47,6 +47,7 @@ def desk() -> Iterator[Desk]:
     made.ledger.close()
 
 
+@pytest.mark.fault(17, invariants="I6")
 def test_a_grant_whose_answer_was_lost_expires_although_its_worker_lives(desk: Desk) -> None:
     (lost,) = desk.ledger.lease(desk.inc, "w", STAGE, 1).leases
     (known,) = desk.ledger.lease(desk.inc, "w", STAGE, 1).leases
@@ -57,6 +58,7 @@ def test_a_grant_whose_answer_was_lost_expires_although_its_worker_lives(desk: D
     assert [lease.uid for lease in desk.ledger.lease(desk.inc, "v", STAGE, 9).leases] == [lost.uid]
 
 
+@pytest.mark.fault(6, invariants="I2")
 def test_a_learner_built_anew_catches_up_without_publishing_and_the_run_goes_on(desk: Desk) -> None:
     batches = []
     for step in (1, 2, 3):

@@ -15,7 +15,7 @@ from sgpo_dist.config import Config, build_config
 from sgpo_dist.display import PlainDisplay, RichDisplay, SilentDisplay, Status, duration, open_display, panel, step_line
 from sgpo_dist.errors import EnvironmentProblem
 from sgpo_dist.evaluate.evaluation import DISPLAY_ORDER
-from sgpo_dist.recorder import SHOWN_METRICS, WAIT_METRICS, Recorder, open_tracker, read_events, read_metrics, waits_line
+from sgpo_dist.recorder import SHOWN_METRICS, WAIT_METRICS, Recorder, open_tracker, read_events, read_marks, read_metrics, waits_line
 from sgpo_dist.records import RefusalReason
 from sgpo_dist.report.report import CURVES, HEALTH_CURVES, VERDICTS
 from sgpo_dist.run_directory import RunDirectory
@@ -328,5 +328,46 @@ def test_wandb_continues_its_run_after_a_resume(tmp_path: Path) -> None:
 def test_the_metrics_page_explains_what_is_shown_and_drawn() -> None:
     page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
     drawn = {metric for _, _, metrics in CURVES + HEALTH_CURVES for metric in metrics}
-    named = {*SHOWN_METRICS, *WAIT_METRICS, *drawn, *VERDICTS, *DISPLAY_ORDER, *RefusalReason}
+    named = {*SHOWN_METRICS, *WAIT_METRICS, "faults/restarts", "time/ettr", *drawn, *VERDICTS, *DISPLAY_ORDER, *RefusalReason}
     assert sorted(name for name in named if f"`{name}`" not in page) == []
+
+
+# ---- what faults cost ------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_step_says_how_much_of_the_time_was_useful_over_all_attempts(tmp_path: Path) -> None:
+    screen, wall = Screen(), Clock()
+
+    def attempt() -> Recorder:
+        return Recorder(tmp_path / "m.jsonl", tmp_path / "e.jsonl", screen, wall=wall, monotonic=Clock())
+
+    first = attempt()
+    first.event("attempt")
+    wall.now = 110.0
+    first.event("version_published")
+    first.log("sft", 1, {})
+    first.close()  # as a kill leaves it
+    wall.now = 120.0
+    second = attempt()
+    second.event("attempt")
+    wall.now = 130.0
+    second.event("version_published")
+    wall.now = 140.0
+    second.log("sft", 2, {})
+    second.say_faults()
+    second.close()
+    rows = read_metrics(tmp_path / "m.jsonl")
+    assert [(row.metrics["faults/restarts"], row.metrics["time/ettr"]) for row in rows] == [(0.0, 1.0), (1.0, 0.5)]  # 20 of 40 s lost
+    assert screen.messages == ["lost on the way: driver 1; useful time 50.0% of 40 s"]
+
+
+def test_the_files_give_every_row_of_a_repeated_step_in_time_order(tmp_path: Path) -> None:
+    (tmp_path / "e.jsonl").write_text('{"time": 2, "kind": "learner_lost", "reason": "x"}\n{"time": 5, "kind": "checkpoint", "step": 1}\n')
+    (tmp_path / "m.jsonl").write_text('{"time": 1, "stage": "sft", "step": 1}\n{"time": 4, "stage": "sft", "step": 1, "loss": 2}\n{"time": 6}\n')
+    found = read_marks(tmp_path / "e.jsonl", tmp_path / "m.jsonl")
+    assert [(mark.time, mark.kind, mark.fields.get("step")) for mark in found] == [
+        (1.0, "step", 1),
+        (2.0, "learner_lost", None),
+        (4.0, "step", 1),
+        (5.0, "checkpoint", 1),
+    ]

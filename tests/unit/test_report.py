@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -150,6 +151,30 @@ def test_many_rows_are_shortened_in_the_middle(run_directory: RunDirectory) -> N
     assert len(table.rows) == 61
     assert table.rows[30] == ("… 40 more …",)
     assert read_page(run_directory).name == "demo"
+
+
+def test_losses_and_the_faults_that_chaos_did_are_in_the_faults_section(tmp_path: Path) -> None:
+    directory = fabricate(tmp_path)
+    wall = iter((1_700_000_010.0, 1_700_000_030.0, 1_700_000_040.0))
+    recorder = Recorder(directory.metrics_file, directory.events_file, NoScreen(), wall=lambda: next(wall))
+    recorder.event("learner_lost", reason="hung <b>; its log: RuntimeError: 7", stage="preference", step=2)
+    recorder.event("learner_rebuilt", seconds=20.0, stage="preference", step=1)
+    recorder.log("preference", 2, {"loss": 0.5})
+    recorder.close()
+    faults = [
+        {"number": number, "kind": "flip-checkpoint", "detail": f"step-{number}/<x>", "what": "fell back, and said so", "recovery_s": 41.25}
+        for number in range(80)
+    ]
+    (directory.path / "chaos.json").write_text(json.dumps({"faults": faults}))
+    page = write_report(directory).read_text(encoding="utf-8")
+    parsed(page)
+    section = page.partition('<h2 id="faults">')[2].partition("<h2 ")[0]
+    assert "Useful time (ETTR): 25.0% of 40 s. Lost: 20 s" in section  # 10 to 30 away, 30 to 40 again; what was before took no time
+    assert "10 s for work that was done again (1 steps)" in section
+    assert "<td>learner</td><td>hung &lt;b&gt;</td><td>1</td><td>20.0 s</td><td>20.0 s</td>" in section
+    assert section.count("<td>flip-checkpoint</td>") == 80  # every one
+    assert "<td>step-79/&lt;x&gt;</td>" in section
+    assert "Faults done by chaos" not in write_report(fabricate(tmp_path / "calm")).read_text(encoding="utf-8")
 
 
 # ---- charts --------------------------------------------------------------------------------------------------------------------------

@@ -307,7 +307,7 @@ async def no_pause(seconds: float) -> None:
 
 
 def endpoint_of(server: FakeEndpoint, **settings: Any) -> Endpoint:
-    config = EndpointConfig.model_validate({"base_url": server.url, "model": "m", "timeout_s": 1.0, "max_retries": 1, **settings})
+    config = EndpointConfig.model_validate({"base_url": server.url, "model": "m", "timeout_s": 0.4, "max_retries": 1, **settings})
     return Endpoint(config, {}, sleep=no_pause)
 
 

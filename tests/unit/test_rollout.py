@@ -335,6 +335,7 @@ def bundle(version: int) -> WeightBundle:
     return WeightBundle(version, "shm", "", "node", "sum", 0, (), ((-1.0,),))
 
 
+@pytest.mark.fault(19, invariants="I3")
 def test_nothing_is_put_between_new_bytes_and_their_proof() -> None:
     async def story() -> None:
         w = world([lease("hello")])
@@ -352,6 +353,7 @@ def test_nothing_is_put_between_new_bytes_and_their_proof() -> None:
     play(story())
 
 
+@pytest.mark.fault(19, invariants="I3")
 def test_a_worker_that_cannot_prove_its_weights_puts_nothing_any_more() -> None:
     async def story() -> None:
         w = world([lease("hello")])
@@ -366,6 +368,7 @@ def test_a_worker_that_cannot_prove_its_weights_puts_nothing_any_more() -> None:
     play(story())
 
 
+@pytest.mark.fault(4, invariants="I7")
 def test_a_dead_engine_ends_the_process() -> None:
     async def story() -> None:
         w = world([lease("hello")])
@@ -415,6 +418,7 @@ def failing_repair(draft: str, reference: str | None, prompt: str) -> str:
     raise ValueError("no")
 
 
+@pytest.mark.fault(3, invariants="I2")
 def test_a_fenced_worker_says_so() -> None:
     async def story() -> None:
         w = world([lease("hello")])

@@ -39,6 +39,7 @@ def test_two_runs_have_two_ids(tmp_path: Path) -> None:
     assert visit(config(tmp_path)).run_id != visit(config(tmp_path, run_name="other")).run_id
 
 
+@pytest.mark.fault(26, invariants="I2 I9")
 def test_a_second_driver_is_refused_and_named(tmp_path: Path) -> None:
     with RunDirectory.claim(config(tmp_path)) as directory:
         assert driver_of(directory) == os.getpid()
@@ -64,7 +65,8 @@ def test_another_configuration_is_refused_with_its_keys(tmp_path: Path) -> None:
 def test_what_does_not_change_the_training_may_differ(tmp_path: Path) -> None:
     visit(config(tmp_path))
     free = config(
-        tmp_path, logging={"progress": "off"}, checkpoint={"keep_last": 5}, cluster={"num_cpus": 2}, rollout={"num_rollout_workers": 2}
+        tmp_path, logging={"progress": "off"}, checkpoint={"keep_last": 5}, cluster={"num_cpus": 2}, rollout={"num_rollout_workers": 2},
+        learner={"num_ranks": 2, "zero_stage": 3, "gpus_per_rank": 1},
     )
     assert visit(free).incarnation == 2
 

@@ -185,6 +185,7 @@ def test_a_tie_is_no_pair() -> None:
     assert refusal.refinement is not None
 
 
+@pytest.mark.fault(25, invariants="I6")
 def test_a_judge_that_fails_is_counted() -> None:
     def fails(a: str, b: str) -> int:
         raise JudgeFailed("no letter")
