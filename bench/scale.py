@@ -167,7 +167,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """No pair staler than the bound, and within ten percent; where the bound is what limits, the model is only an upper limit (docs/bench.md)."""
+        """No pair staler than the bound, and within ten percent; where the bound is what limits, the model is only rough (docs/bench.md)."""
         bound = self.load.max_staleness
         fresh = bound is None or self.simulated.staleness <= bound
         return fresh and (abs(self.error) <= MODEL_ERROR or self.predicted.bottleneck is Bottleneck.STALENESS)

@@ -31,6 +31,7 @@ from typing import Any, Final
 import deepspeed
 import torch
 from deepspeed.checkpoint import ds_to_universal
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -69,13 +70,20 @@ def join(rank: int, world_size: int, host: str, port: int, backend: str, timeout
     os.environ["LOCAL_RANK"] = "0"  # DeepSpeed insists on it; every rank is an actor that sees only its own device
     deadline = timedelta(seconds=timeout_s)
     try:
-        store = torch.distributed.TCPStore(host, port, world_size, is_master=rank == 0, timeout=deadline)
+        store = _meeting_place(rank, world_size, host, port, deadline)
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=deadline)
     except (RuntimeError, ValueError) as problem:
         raise EnvironmentProblem(f"learner rank {rank} could not join its group at {host}:{port}: {str(problem).splitlines()[0]}") from problem
     # DeepSpeed keeps this table editable on purpose; without the entry it would compile the op and may wait for ever on a stale lock.
     deepspeed.ops.__compatible_ops__[UNWANTED_OP] = False
     deepspeed.comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=deadline)
+
+
+def _meeting_place(rank: int, world_size: int, host: str, port: int, deadline: timedelta) -> torch.distributed.Store:
+    """Where ranks find each other. A rank alone needs no open port; the others' listens on all interfaces, as torch will have it."""
+    if world_size == 1:
+        return torch.distributed.HashStore()
+    return torch.distributed.TCPStore(host, port, world_size, is_master=rank == 0, timeout=deadline)
 
 
 def leave() -> None:
@@ -161,9 +169,8 @@ class TrainingEngine:
             self._engine.lr_scheduler.step()
 
     def save(self, directory: Path) -> None:
-        """Weights (trained ones only), optimiser and schedule of all ranks under ``directory``. Raises EnvironmentProblem when the disk refuses."""
-        with _refusals_of_the_disk(directory):
-            self._engine.save_checkpoint(str(directory), tag=STATE_TAG, save_latest=False, exclude_frozen_parameters=True)
+        """Weights (trained ones only), optimiser and schedule of all ranks under ``directory``."""
+        self._engine.save_checkpoint(str(directory), tag=STATE_TAG, save_latest=False, exclude_frozen_parameters=True)
         if torch.distributed.get_rank() == 0:
             for name in EXECUTABLES:
                 (directory / STATE_TAG / name).unlink(missing_ok=True)
@@ -300,14 +307,17 @@ def _convert(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _refusals_of_the_disk(directory: Path) -> Iterator[None]:
-    """torch tells a full disk by a RuntimeError about positions in its archive, which reads like a fault of the learner and is none."""
+def refusals_of_the_disk(directory: Path) -> Iterator[None]:
+    """Within: what the disk refuses becomes an EnvironmentProblem.
+
+    torch tells a full disk by a RuntimeError about positions in its archive, which reads like a fault of the learner and is none.
+    """
     try:
         yield
-    except (OSError, RuntimeError) as problem:
+    except (OSError, RuntimeError, SafetensorError) as problem:
         if isinstance(problem, RuntimeError) and TORCH_ARCHIVE not in str(problem):
             raise
-        raise EnvironmentProblem(f"the learner's state cannot be written to {directory}: {_first_line(problem)}; check free disk space") from problem
+        raise EnvironmentProblem(f"the learner's files cannot be written to {directory}: {_first_line(problem)}; check free disk space") from problem
 
 
 @contextmanager

@@ -42,7 +42,7 @@ from learner.batch import (
     probe_row,
     segment_sums,
 )
-from learner.deepspeed_engine import EngineSettings, TrainingEngine, join, leave
+from learner.deepspeed_engine import EngineSettings, TrainingEngine, join, leave, refusals_of_the_disk
 from learner.losses import LOSSES, REFERENCE_FREE, zero_of
 from learner.model import DTYPES, CompletionScorer, adapters_off, load_model, load_reference
 from learner.objectives import Objective, nll_objective, preference_objective
@@ -203,13 +203,14 @@ class LearnerRank:
             self._sender.retire(version)
 
     def save(self, directory: str) -> None:
-        """Optimiser, weights, schedule and random state of every rank, and what they belong to."""
+        """Optimiser, weights, schedule and random state of every rank, and what they belong to. Raises EnvironmentProblem when the disk refuses."""
         target, rank = Path(directory), self._spec.rank
-        target.mkdir(parents=True, exist_ok=True)
-        self._current.engine.save(target)
-        save_file(self._random_state(), target / f"random-{rank}.safetensors")
-        if rank == 0:
-            (target / "learner.json").write_text(json.dumps(self._identity(), indent=1), encoding="utf-8")
+        with refusals_of_the_disk(target):
+            target.mkdir(parents=True, exist_ok=True)
+            self._current.engine.save(target)
+            save_file(self._random_state(), target / f"random-{rank}.safetensors")
+            if rank == 0:
+                (target / "learner.json").write_text(json.dumps(self._identity(), indent=1), encoding="utf-8")
 
     def load(self, directory: str) -> None:
         """What ``save`` wrote, into a stage begun with the same settings; the number of ranks and the ZeRO stage may be others.
@@ -233,7 +234,10 @@ class LearnerRank:
             torch.cuda.set_rng_state(random_state["cuda"], self._device)
 
     def export(self, directory: str) -> None:
-        """A Hugging Face model directory: configuration, one safetensors file, the tokenizer of the stage's start."""
+        """A Hugging Face model directory: configuration, one safetensors file, the tokenizer of the stage's start.
+
+        Raises EnvironmentProblem when the disk refuses.
+        """
         engine, model_dir = self._current.engine, self._current.stage.model_dir
         model: Any = engine.scorer.causal_lm
         is_writer = self._spec.rank == 0
@@ -244,10 +248,11 @@ class LearnerRank:
         if not is_writer:
             return
         target = Path(directory)
-        target.mkdir(parents=True, exist_ok=True)
-        model.config.save_pretrained(target)
-        _copy_tokenizer(model_dir, target, self._spec.model)
-        save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+        with refusals_of_the_disk(target):
+            target.mkdir(parents=True, exist_ok=True)
+            model.config.save_pretrained(target)
+            _copy_tokenizer(model_dir, target, self._spec.model)
+            save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
 
     # ---- inside ----------------------------------------------------------------------------------------------------------------
 

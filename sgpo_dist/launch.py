@@ -211,7 +211,7 @@ async def _assemble(attempt: Attempt, stop: StopRequest, parts: Parts) -> Run:
     learner = LearnerGroup(group_spec(config, directory, placement, probes), fleet.weight_client)
     parts.ends.append(learner.stop)
     recorder.status(doing="starting the engines and the learner")
-    await asyncio.gather(fleet.start(config.rollout.num_rollout_workers), learner.start())
+    await asyncio.gather(fleet.start(config.rollout.num_rollout_workers), _start_learner(learner, recorder))
     return Run(
         config=config,
         directory=directory.path,
@@ -229,6 +229,12 @@ async def _assemble(attempt: Attempt, stop: StopRequest, parts: Parts) -> Run:
         restored_from=checkpoint.path if checkpoint else None,
         stop=stop,
     )
+
+
+async def _start_learner(learner: LearnerGroup, recorder: Recorder) -> None:
+    began = time.monotonic()
+    await learner.start()
+    recorder.event("learner_started", seconds=round(time.monotonic() - began, 1))
 
 
 def _stage_before(config: Config, stage: str) -> str:

@@ -25,9 +25,11 @@ from sgpo_dist.weights.version import check_proof
 
 async def enter_stage(run: Run, total_steps: int) -> None:
     """Learner on the stage's start (or on the checkpoint inside it), its weights proved on every worker."""
+    began = time.monotonic()
     await run.learner.begin_stage(run.learner_stage(run.stage, total_steps))
     if run.restored_from is not None and run.progress.step:
         await run.learner.load(str(run.restored_from / "learner"))
+    run.recorder.event("learner_ready", stage=run.stage.value, step=run.progress.step, seconds=round(time.monotonic() - began, 1))
     if run.published < run.progress.version:
         await publish_weights(run, run.progress.version)
     note_rebuilt(run)

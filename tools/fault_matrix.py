@@ -57,12 +57,13 @@ FAULTS: Final[Mapping[int, Fault]] = {
     ),
     11: Fault(
         "driver killed, SIGTERM, Ctrl-C",
-        "the same command resumes, to the same weights where the run is synchronous; SIGTERM and Ctrl-C leave a checkpoint and exit code 5",
+        "the same command resumes, to the same weights where the run is synchronous; SIGTERM, Ctrl-C, `sgpo-dist stop` and `time_limit_s` leave a "
+        "checkpoint and exit code 5, at any moment",
     ),
-    12: Fault("`ray job stop`", "as SIGTERM; no actor stays"),
-    13: Fault("a worker's node lost", "as 1 to the ledger; the run goes on with fewer workers until there is a node again"),
-    14: Fault("a node drained before preemption", "no new leases there; what is unfinished returns before the deadline; not counted as a crash"),
-    15: Fault("head node lost", "ends the job; the same command on another cluster resumes from disk"),
+    12: Fault("`ray job stop`", "as SIGTERM, if the checkpoint fits into Ray's grace time (docs/cluster.md); no actor stays"),
+    13: Fault("a worker's node lost", "as 1, but it costs no restart; the node is avoided, the successor waits for room"),
+    14: Fault("a node drained before preemption", "its worker gives back what it holds and leaves before the deadline, its successor starts elsewhere; no crash"),
+    15: Fault("head node lost", "one line and exit code 3 within 50 s; the same command on a new cluster resumes from disk"),
     16: Fault("workers added and removed while it runs", "throughput follows; nothing is restarted"),
     17: Fault(
         "calls lost or delivered twice",
@@ -73,7 +74,7 @@ FAULTS: Final[Mapping[int, Fault]] = {
     19: Fault("weights cut off on their way", "nothing is put without a proof; the worker is rebuilt"),
     20: Fault("disk full", "one line that says what to free; the old checkpoint stays; goes on, or is resumed, when there is room", "at once"),
     21: Fault("checkpoint changed or cut on disk", "found by hash, the one before is used, one warning", "at once"),
-    22: Fault("worker ended for lack of memory", "as 1, with the settings to lower named"),
+    22: Fault("worker ended for lack of memory", "as 1, with a pause; `worker_lost` names the settings to lower"),
     23: Fault("loss or gradient that is not finite", "the step is skipped and counted; too many in a row end the run", "one step"),
     24: Fault(
         "prompt that kills each worker",

@@ -39,6 +39,8 @@ def test_a_full_disk_is_one_line_and_the_learner_goes_on_from_the_state_before(t
         with files_no_larger_than(size), pytest.raises(EnvironmentProblem, match="check free disk space") as refused:
             rank.save(str(tmp_path / f"draft-{size}"))
         assert "\n" not in str(refused.value)
+    with files_no_larger_than(90_000), pytest.raises(EnvironmentProblem, match="check free disk space"):
+        rank.export(str(tmp_path / "model-in-part"))
     assert {path: path.read_bytes() for path in (tmp_path / "step-1").rglob("*") if path.is_file()} == kept
     third = train(rank, 3)
     rank.save(str(tmp_path / "step-3"))  # there is room again

@@ -284,7 +284,7 @@ def test_ray_job_stop_leaves_a_checkpoint_and_nothing_else(cluster: Cluster, inp
     wait(lambda: not cluster.parts(), 20)
 
     submitted(cluster, "second", runs.words, runs.run, wait_s=60)
-    wait(lambda: "SUCCEEDED" in cluster.job("status", "second").stdout, START_S)
+    wait(lambda: "Job 'second' succeeded" in cluster.job("status", "second").stdout, START_S)
     assert runs.steps("preference") == STEPS
     assert len(runs.events("attempt")) == 2
     wait(lambda: not cluster.parts(), 20)
