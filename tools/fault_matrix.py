@@ -62,7 +62,10 @@ FAULTS: Final[Mapping[int, Fault]] = {
     ),
     12: Fault("`ray job stop`", "as SIGTERM, if the checkpoint fits into Ray's grace time (docs/cluster.md); no actor stays"),
     13: Fault("a worker's node lost", "as 1, but it costs no restart; the node is avoided, the successor waits for room"),
-    14: Fault("a node drained before preemption", "its worker gives back what it holds and leaves before the deadline, its successor starts elsewhere; no crash"),
+    14: Fault(
+        "a node drained before preemption",
+        "its worker gives back what it holds and leaves before the deadline, its successor starts elsewhere; no crash",
+    ),
     15: Fault("head node lost", "one line and exit code 3 within 50 s; the same command on a new cluster resumes from disk"),
     16: Fault("workers added and removed while it runs", "throughput follows; nothing is restarted"),
     17: Fault(
