@@ -63,6 +63,7 @@ class Runs:
     words: list[str]
 
     def start(self, **environment: str) -> subprocess.Popen[bytes]:
+        self.output.parent.mkdir(parents=True, exist_ok=True)
         place = [f"run_name={self.directory.name}", f"output_dir={self.directory.parent}"]
         with self.output.open("ab") as sink:
             return subprocess.Popen(

@@ -516,7 +516,7 @@ def test_a_load_that_cannot_work_raises(make_rank: Callable[..., LearnerRank], m
 def test_a_taken_port_is_told_apart():
     """The group replaces its ranks on this error only."""
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(EnvironmentProblem, match=PORT_TAKEN):
-        join(0, 1, "127.0.0.1", taken.getsockname()[1], "gloo", 5.0)
+        join(0, 2, "127.0.0.1", taken.getsockname()[1], "gloo", 5.0)
 
 
 def test_steps_before_a_stage_and_unscorable_settings_are_refused(make_rank: Callable[..., LearnerRank], model_dir: str):
