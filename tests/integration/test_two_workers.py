@@ -19,7 +19,7 @@ import pytest
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(420)]
 
 ROOT = Path(__file__).parents[2]
-PROMPTS = 24
+PROMPTS = 16
 
 
 @pytest.mark.fault(1, invariants="I1 I3 I6")
