@@ -46,7 +46,7 @@ def test_two_workers_share_prompts_take_versions_and_survive_a_kill(tmp_path: Pa
     assert seen["pairs"] > 0
     assert min(seen["pair_versions"]) >= 0
     assert seen["left_alive"] == []
-    logs = sorted(path.name for path in (tmp_path / "logs").iterdir())
+    logs = sorted(path.name for path in (tmp_path / "logs").glob("*.log"))
     assert len(logs) == 3
     assert all((tmp_path / "logs" / name).stat().st_size > 0 for name in logs)
 
