@@ -28,7 +28,8 @@ demo: setup ## train the embedded model end to end; ARGS="run_name=two preferenc
 test: setup-dev ## all tests: the units (seconds), seeded schedules and kills, then real Ray, vLLM and DeepSpeed (minutes)
 	$(PYTEST) tests/unit $(SIDE_BY_SIDE)
 	$(PYTEST) tests/simulation tests/crash $(SIDE_BY_SIDE)
-	$(PYTEST) tests/integration -m "not chaos"
+	$(PYTEST) tests/integration -m "not chaos" --ignore=tests/integration/test_learning.py -n 2 --dist loadfile
+	$(PYTEST) tests/integration/test_learning.py
 
 test-unit: setup-dev ## tests with no cluster and no model; ARGS goes to pytest
 	$(PYTEST) tests/unit $(SIDE_BY_SIDE) $(ARGS)
