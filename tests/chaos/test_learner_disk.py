@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from learner_rank import begin, make_model, make_rank, train
 
 from sgpo_dist.errors import EnvironmentProblem
+from tests.full_disk import files_no_larger_than
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.timeout(120)]
-
-
-@contextmanager
-def files_no_larger_than(size: int) -> Iterator[None]:
-    """For this process, until the context ends. Python ignores the signal, so that a write fails as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.fault(20, invariants="I5 I9")

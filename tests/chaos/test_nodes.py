@@ -54,7 +54,6 @@ def after(seen: dict[str, Any], kind: str, number: int = 0, mark: str = "fault")
     return float(of_kind(seen, kind)[number]["at"] - seen["marks"][mark])
 
 
-@pytest.mark.fault(13, invariants="I1 I6")
 @pytest.mark.fault(13, invariants="I1 I6 I8 I9")
 def test_a_lost_node_is_no_crash_the_others_go_on_and_a_new_node_takes_the_worker(tell: Story, record_property: Record) -> None:
     seen = tell("a_node_is_lost")
@@ -70,7 +69,6 @@ def test_a_lost_node_is_no_crash_the_others_go_on_and_a_new_node_takes_the_worke
     assert seen["leased"] == 0
 
 
-@pytest.mark.fault(14, invariants="I6")
 @pytest.mark.fault(14, invariants="I1 I6 I8")
 def test_a_worker_leaves_a_draining_node_before_its_deadline_and_spends_nothing(tell: Story, record_property: Record) -> None:
     seen = tell("a_node_is_drained")
@@ -86,8 +84,7 @@ def test_a_worker_leaves_a_draining_node_before_its_deadline_and_spends_nothing(
     assert seen["leased"] == 0
 
 
-@pytest.mark.fault(16, invariants="I3")
-@pytest.mark.fault(16, invariants="I1 I8")
+@pytest.mark.fault(16, invariants="I1 I3 I8")
 def test_throughput_follows_nodes_that_come_and_go(tell: Story, record_property: Record) -> None:
     seen = tell("nodes_come_and_go")
     record_property("recovery_s", after(seen, "worker_started", 1))
@@ -98,7 +95,6 @@ def test_throughput_follows_nodes_that_come_and_go(tell: Story, record_property:
     assert seen["crashes"] == 0
 
 
-@pytest.mark.fault(22, invariants="I9")
 @pytest.mark.fault(22, invariants="I1 I8 I9")
 def test_a_worker_that_is_killed_for_memory_is_a_crash_whose_event_names_the_settings(tell: Story, record_property: Record) -> None:
     seen = tell("memory_runs_out")
@@ -108,7 +104,6 @@ def test_a_worker_that_is_killed_for_memory_is_a_crash_whose_event_names_the_set
     assert seen["crashes"] == 1
 
 
-@pytest.mark.fault(15, invariants="I9")
 @pytest.mark.fault(15, invariants="I9")
 def test_a_lost_head_is_said_in_one_line_before_ray_ends_the_process(tell: Story) -> None:
     seen = tell("the_head_is_lost")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from random import Random
 
@@ -17,6 +15,7 @@ from test_kill_points import check_resumed, children, fresh, stored
 from sgpo_dist.buffer.audit import audit_database, audit_run
 from sgpo_dist.checkpoint import MANIFEST_NAME
 from sgpo_dist.errors import EnvironmentProblem, RunFailed
+from tests.full_disk import files_no_larger_than
 
 FILES = (MANIFEST_NAME, "buffer.db", "learner/weights.txt")
 
@@ -164,17 +163,6 @@ def test_a_full_disk_is_one_clear_line_and_costs_nothing_that_was_acknowledged(f
             if (directory / "buffer.db").stat().st_size:
                 assert set(small_run.heard(directory, "stored")) <= stored(directory)
         check_resumed(directory, directory.name, finished[1])
-
-
-@contextmanager
-def files_no_larger_than(size: int) -> Iterator[None]:
-    """For this process, until the context ends."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.fault(20, invariants="I5 I9")
