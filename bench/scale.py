@@ -29,6 +29,8 @@ from sgpo_dist.run import Progress, Run
 
 WARM_UP: Final = 3
 """Versions that are not counted: the pipeline fills."""
+COOL_DOWN: Final = 2
+"""As many at the end: no prompts follow the last ones, so that whoever is done early has nothing to do."""
 LEAST_EFFICIENCY: Final = 0.97
 LEAST_SCALING: Final = 0.95
 MODEL_ERROR: Final = 0.10
@@ -78,7 +80,7 @@ class Simulated:
 
 
 def simulate(load: Workload, rates: Rates, workers: int, versions: int, spread: float = SPREAD, seed: int = 0) -> Simulated:
-    """``versions`` weight versions of the real preference stage, the first few not counted. Nothing real is waited for."""
+    """``versions`` weight versions of the real preference stage, and those of warm-up and cool-down. Nothing real is waited for."""
     with TemporaryDirectory() as place:
         story = partial(_story, load, rates, workers, versions, Lengths(spread), seed, Path(place))
         return run_virtually(story, LEDGER.seconds)
@@ -87,7 +89,7 @@ def simulate(load: Workload, rates: Rates, workers: int, versions: int, spread: 
 async def _story(
     load: Workload, rates: Rates, workers: int, versions: int, lengths: Lengths, seed: int, place: Path, loop: VirtualLoop
 ) -> Simulated:
-    steps = versions * load.sync_interval
+    steps = (WARM_UP + versions + COOL_DOWN) * load.sync_interval
     buffer = PairBuffer(place / "buffer.db", synchronous="OFF", clock=loop.time, wall=loop.time)
     learner, recorder = ScriptedLearner(load, rates), SilentRecorder()
     fleet = ScriptedFleet([scripted_worker(f"w{n}", load, rates, lengths, buffer, loop.time) for n in range(workers)])
@@ -112,14 +114,15 @@ async def _story(
 
 
 def _measured(load: Workload, learner: ScriptedLearner, recorder: SilentRecorder, steps: int) -> Simulated:
-    """From the end of the last warm-up version's steps to the end of the last step."""
+    """From the end of the last warm-up version's steps to the beginning of the cool-down."""
     if len(learner.ends) != steps:
         raise RuntimeError(f"the simulated stage ended after {len(learner.ends)} of {steps} steps")
     first = WARM_UP * load.sync_interval - 1
-    counted = steps - 1 - first
-    took = learner.ends[-1] - learner.ends[first]
+    last = steps - 1 - COOL_DOWN * load.sync_interval
+    counted = last - first
+    took = learner.ends[last] - learner.ends[first]
     period = took * load.sync_interval / counted
-    learning = fmean(learner.steps_s[first + 1 :]) * load.sync_interval
+    learning = fmean(learner.steps_s[first + 1 : last + 1]) * load.sync_interval
     return Simulated(3600 * counted * load.batch / took, period, learning, max(recorder.staleness))
 
 
@@ -200,7 +203,7 @@ def scaling_table(sizes: Sequence[int]) -> str:
     for workers in sizes:
         load = Workload(prompt=100, response=100, refinement=100, batch=6 * workers, max_staleness=1, concurrency=2)
         rates = Rates(EngineRates(0.01, 0.0, 1e9), learner_tokens_per_s=2.5 * workers * load.trained_tokens, sync_s=0.1, stall_s=0.1)
-        row = _row(str(workers), load, rates, workers, versions=WARM_UP + (2 if workers > 128 else 5))
+        row = _row(str(workers), load, rates, workers, versions=3 if workers > 128 else 5)
         base = base or row.simulated.pairs_per_hour
         linear = row.simulated.pairs_per_hour / (base * workers / sizes[0])
         failed = "" if row.passed and (linear >= LEAST_SCALING or workers > 64) else " FAILED"
@@ -218,7 +221,7 @@ def prediction_table(quick: bool) -> str:
         if gpus > (8 if quick else SIMULATED):
             rows.append(f"| {name} | {split.prediction.pairs_per_hour:,.0f} | not simulated | | {_busy(split)} |")
             continue
-        row = _row(name, load, QWEN_RATES(split.ranks), split.workers, versions=WARM_UP + 6)
+        row = _row(name, load, QWEN_RATES(split.ranks), split.workers, versions=6)
         rows.append(f"| {row.name} | {_figures(row)} | {_busy(split)}{'' if row.passed else ' FAILED'} |")
     return f"PREDICTION, measured on no GPU. {_assumptions()}\n\n{_markdown('H100s = workers + ranks', 'rollout / learner busy, bottleneck', rows)}"
 

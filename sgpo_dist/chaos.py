@@ -284,24 +284,31 @@ class Sample:
 
 
 def trend_lines(samples: Sequence[Sample]) -> list[list[str]]:
-    """A header, and the medians of the first and of the last third of the samples: memory by role, all of it, and what else may pile up."""
-    roles = list(dict.fromkeys(role for sample in samples for role in sample.resident))
+    """A header, and the medians of the first and of the last third of ``whole(samples)``: memory by role, all of it, what else may pile up."""
+    seen = whole(samples)
     lines = [["held", "first third", "last third", "change"]]
-    for role in roles:
-        lines.append(_trend(f"memory: {role}", [sample.resident[role] for sample in samples if role in sample.resident], " MiB", MIB))
-    lines.append(_trend("memory: all", [_all_of(sample) for sample in samples], " MiB", MIB))
-    lines.append(_trend("shared memory", [sample.shared for sample in samples], " MiB", MIB))
-    lines.append(_trend("open files", [sample.files for sample in samples]))
-    lines.append(_trend("processes", [sample.processes for sample in samples]))
+    for role in sorted({role for sample in seen for role in sample.resident}):
+        lines.append(_trend(f"memory: {role}", [sample.resident[role] for sample in seen], " MiB", MIB))
+    lines.append(_trend("memory: all", [_all_of(sample) for sample in seen], " MiB", MIB))
+    lines.append(_trend("shared memory", [sample.shared for sample in seen], " MiB", MIB))
+    lines.append(_trend("open files", [sample.files for sample in seen]))
+    lines.append(_trend("processes", [sample.processes for sample in seen]))
     return lines
 
 
+def whole(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples with every role that any of them has: while a part is missing or starts, what is held says nothing about growth."""
+    roles = {role for sample in samples for role in sample.resident}
+    return [sample for sample in samples if sample.resident.keys() == roles]
+
+
 def memory_verdict(samples: Sequence[Sample]) -> str:
-    """Whether the run's memory grew, in one line."""
-    if len(samples) < FEWEST_SAMPLES:
-        return f"memory: too short a run to tell ({len(samples)} samples)"
-    change = _change(*thirds([_all_of(sample) for sample in samples]))
-    return f"memory {'flat' if change < FLAT else 'grew'}: {change:+.1%}"
+    """Whether the run's memory grew, in one line; see ``whole``."""
+    seen = whole(samples)
+    if len(seen) < FEWEST_SAMPLES:
+        return f"memory: too short a run to tell ({len(seen)} samples)"
+    change = _change(*thirds([_all_of(sample) for sample in seen]))
+    return f"memory {'flat' if change < FLAT else 'grew'}: {change:+.1%}, by {len(seen)} samples of the whole run"
 
 
 def thirds(values: Sequence[int]) -> tuple[float, float]:

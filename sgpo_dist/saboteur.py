@@ -48,7 +48,7 @@ from sgpo_dist.processes import SHARED_MEMORY, remove_segments
 from sgpo_dist.run_directory import open_run
 
 POLL_S: Final = 0.5
-SAMPLE_EVERY_S: Final = 30.0
+SAMPLE_EVERY_S: Final = 10.0
 GRACE_S: Final = 60.0
 """How long processes may take to end after their driver."""
 

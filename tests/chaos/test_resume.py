@@ -1,7 +1,7 @@
 """The driver is killed by SIGKILL at five places drawn from a seed and resumed each time: nothing about the result may tell.
 
-Synchronous in float32 the weights are those of a run that was never killed, to the byte; asynchronously every prompt has one outcome and
-every pair is in one step. Places: inside collecting, inside a step, at a named point of a checkpoint, and any moment twice.
+Synchronous in float32 the weights are those of a run that was never killed, to the byte; asynchronously the outcomes are the same ones, token for
+token, and every pair is in one step. Places: inside collecting, inside a step, at a named point of a checkpoint, and any moment twice.
 """
 
 from __future__ import annotations
@@ -119,21 +119,39 @@ def test_killed_five_times_a_synchronous_run_ends_in_the_same_weights(inputs, tm
     record_property("recovery_s:11", max(starts[1:]))
 
 
-@pytest.mark.fault(11, invariants="I1 I2 I3 I4 I6 I7")
-def test_killed_five_times_an_asynchronous_run_counts_every_prompt_once(inputs, tmp_path: Path) -> None:
-    runs = Runs(tmp_path / "killed", [*inputs, "preference.max_staleness=2"])
+@pytest.mark.fault(11, invariants="I1 I2 I3 I4 I5 I6 I7")
+def test_killed_five_times_an_asynchronous_run_has_the_same_outcomes(tmp_path: Path) -> None:
+    """Which version answers a prompt depends on timing. With steps too small to move a weight all versions answer alike, and are still published,
+    proved, counted and bounded: what differs from the whole run was lost, doubled or drawn from the wrong seed.
+    """
+    prompts = STEPS * BATCH
+    words = [*make_inputs(tmp_path, rows=prompts), *WORDS, "preference.max_staleness=2", "preference.learning_rate=1e-30"]
+    words += [f"preference.total_steps={2 * STEPS}"]  # so that both runs end when the prompts are used up
+    whole, killed = Runs(tmp_path / "whole", words), Runs(tmp_path / "killed", words)
+    whole.finish()
     for kill in drawn(SEED + 1):
-        play(runs, kill)
-    runs.finish()
-    trained = [uid for _, uids in journal(runs) for uid in uids]
-    assert len(trained) == len(set(trained)) == STEPS * BATCH
-    for state, has_pair, was_refused in runs.ask("SELECT state, uid IN (SELECT uid FROM pairs), uid IN (SELECT uid FROM refusals) FROM orders"):
-        assert (has_pair, was_refused) == (state in ("ready", "assigned", "trained"), state == "refused")
-    states = Counter(dict(runs.ask("SELECT state, COUNT(*) FROM orders GROUP BY state")))
-    assert states["trained"] == STEPS * BATCH
-    settled = runs.ask("SELECT COUNT(*), MAX(position) - (SELECT MIN(position) FROM orders) FROM orders WHERE state NOT IN ('waiting', 'leased')")
-    assert settled[0][1] + 1 - settled[0][0] <= CONCURRENCY  # what was in flight when the run was done; nothing else was passed over
-    runs.audit()
+        play(killed, kill)
+    killed.finish()
+    assert sum(outcomes(whole).values()) == prompts
+    assert outcomes(killed) == outcomes(whole)
+    trained = [uid for _, uids in journal(killed) for uid in uids]
+    assert len(trained) == len(set(trained))
+    assert {uid for (uid,) in killed.ask("SELECT uid FROM pairs")} - set(trained) == set(left_over(killed))
+    killed.audit()
+
+
+def outcomes(runs: Runs) -> Counter[tuple[object, ...]]:
+    """What became of each prompt: its pair or its refusal, to the token, whoever made it at whatever version."""
+    pairs = runs.ask("SELECT o.prompt_id, 'pair', response_ids, refinement_ids FROM pairs JOIN orders o USING (uid)")
+    refusals = runs.ask("SELECT o.prompt_id, reason, response_ids, refinement_ids FROM refusals JOIN orders o USING (uid)")
+    return Counter([*pairs, *refusals])
+
+
+def left_over(runs: Runs) -> list[str]:
+    """Pairs that are one batch short of a step when the prompts are used up."""
+    found = [str(uid) for (uid,) in runs.ask("SELECT uid FROM orders WHERE state = 'ready'")]
+    assert len(found) < BATCH
+    return found
 
 
 def journal(runs: Runs) -> list[tuple[int, list[str]]]:

@@ -176,9 +176,13 @@ def held(*workers: int, shared: int = 0) -> list[Sample]:
     return [Sample(30.0 * number, {"driver": 100 * 2**20, "worker": mib * 2**20}, shared, 50, 7) for number, mib in enumerate(workers)]
 
 
-def test_memory_is_compared_by_the_medians_of_the_thirds() -> None:
+PART = Sample(0.0, {"driver": 10**12}, 10**12, 10**6, 10**6)
+"""While only the driver is there, whatever it holds says nothing."""
+
+
+def test_memory_is_compared_by_the_medians_of_the_thirds_of_the_whole_run() -> None:
     samples = held(900, 100, 300, 500, 500, 500, 400, 340, 10)  # medians 300 and 340, beside the driver's 100
-    assert trend_lines(samples)[1:] == [
+    assert trend_lines([PART, *samples[:7], PART, PART, *samples[7:]])[1:] == [
         ["memory: driver", "100 MiB", "100 MiB", "+0.0%"],
         ["memory: worker", "300 MiB", "340 MiB", "+13.3%"],
         ["memory: all", "400 MiB", "440 MiB", "+10.0%"],
@@ -186,9 +190,9 @@ def test_memory_is_compared_by_the_medians_of_the_thirds() -> None:
         ["open files", "50", "50", "+0.0%"],
         ["processes", "7", "7", "+0.0%"],
     ]
-    assert memory_verdict(held(*[300] * 6, *[310] * 3)) == "memory flat: +2.5%"
-    assert memory_verdict(held(*[300] * 6, *[700] * 3)) == "memory grew: +100.0%"
-    assert memory_verdict(held(300)) == "memory: too short a run to tell (1 samples)"
+    assert memory_verdict(held(*[300] * 6, *[310] * 3)) == "memory flat: +2.5%, by 9 samples of the whole run"
+    assert memory_verdict(held(*[300] * 6, *[700] * 3)) == "memory grew: +100.0%, by 9 samples of the whole run"
+    assert memory_verdict([*held(300), *[PART] * 9]) == "memory: too short a run to tell (1 samples)"
     assert trend_lines([])[1] == ["memory: all", "0 MiB", "0 MiB", "+0.0%"]
 
 
