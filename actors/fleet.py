@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import psutil
 import ray
 
+from actors.draft_pointer import Frame
 from actors.handles import NoAnswer, NodeLost, NoRoom, RemoteBuffer, Unavailable, WeightClient, call
 from actors.nodes import HeadLost, NodeRecord, NodeView, RayNodes, away_from, look_at_ray, one_machine
 from actors.rollout import RolloutSettings, RolloutWorker, leave
@@ -661,7 +662,7 @@ class RolloutActor:
             engine_spec = replace(engine_spec, cpu_cores=cores)
         os.environ.update(engine_environment(engine_spec))
         book = PromptBook(load_tokenizer(engine_spec.model_dir), fleet.template)
-        self._engine = VllmEngine(replace(engine_spec, stop_token_ids=(book.eos_id,)))
+        self._engine = VllmEngine(replace(engine_spec, stop_token_ids=(book.eos_id,), draft_frame=Frame(*book.improver_frame())))
         self._worker = RolloutWorker(
             RolloutSettings(spec.worker_id, engine_spec.max_model_len, fleet.tolerance, fleet.concurrency, fleet.lease_s),
             self._engine,

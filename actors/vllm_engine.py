@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from actors.draft_pointer import Frame, speculation_arguments
 from sgpo_dist.errors import EnvironmentProblem, WeightSyncError, WorkerFault
 from sgpo_dist.records import Completion, FinishReason
 from sgpo_dist.roles import GenerateRequest, Sampling
@@ -25,6 +26,8 @@ OWNER_VARIABLE = "SGPO_ENGINE_OWNER_PID"
 _DIGEST_TIMEOUT_S = 120.0
 _TOKENS_BETWEEN_SIGNS = 16  # a running request shows that it lives this often, and costs nothing in between
 _GIB = 1 << 30
+STEP_TOKENS = {"cpu": 8.0, "cuda": 256.0}
+"""A decode step's fixed time by the time of one more token in it: measured with bench/speculation on two cores; on a GPU an assumption."""
 _SAFETENSORS_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -36,7 +39,8 @@ class EngineSpec:
     a CPU engine's KV cache, ``gpu_memory_utilization`` a GPU engine's memory. ``probes`` are scored after each received version.
     ``engine_kwargs`` go to vLLM unchanged and win over everything here. With requests in flight and no token for ``stuck_s`` the engine
     counts as hung. ``stop_token_ids`` end an answer beside the model's own end token (a chat template may close turns
-    with another one). ``repack_tied_head`` is for one regression test only.
+    with another one). Within rewrites, whose drafts stand in ``draft_frame``, at most ``num_speculative_tokens`` of the draft are proposed at a
+    time. ``repack_tied_head`` is for one regression test only.
     """
 
     model_dir: str
@@ -56,6 +60,8 @@ class EngineSpec:
     worker_id: str = "engine"
     stuck_s: float = 300.0
     stop_token_ids: tuple[int, ...] = ()
+    num_speculative_tokens: int = 0
+    draft_frame: Frame | None = None
     repack_tied_head: bool = True
 
 
@@ -315,6 +321,8 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "enable_log_requests": False,
     }
     arguments |= _cpu_arguments(spec) if spec.device == "cpu" else {"gpu_memory_utilization": spec.gpu_memory_utilization}
+    if spec.num_speculative_tokens and spec.draft_frame is not None:
+        arguments |= speculation_arguments(spec.draft_frame, spec.num_speculative_tokens, STEP_TOKENS[spec.device])
     return arguments | dict(spec.engine_kwargs)
 
 

@@ -283,6 +283,9 @@ class RolloutConfig(Section):
     policy: SamplingConfig = Field(default_factory=SamplingConfig, description="Sampling of responses.")
     improver: ImproverSamplingConfig = Field(default_factory=ImproverSamplingConfig, description="Sampling of refinements.")
     template: str = Field("v1", description="Version of the improver's prompt template.")
+    num_speculative_tokens: int = Field(
+        0, ge=0, description="Rewrites: so many tokens of the draft at most are proposed at a time, for the engine to check in one step; 0 = none."
+    )
     engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to vLLM unchanged.")
     lease_s: float = Field(300.0, gt=0, description="A prompt not answered in this time goes to another worker.")
     start_timeout_s: float = Field(600.0, gt=0, description="An engine that is not up by then is replaced.")

@@ -487,6 +487,7 @@ def engine_spec(config: Config, placement: Placement, probes: tuple[ProbeRow, ..
         seed=config.seed,
         log_level=config.logging.level,
         max_num_seqs=rollout.concurrency,
+        num_speculative_tokens=rollout.num_speculative_tokens,
     )
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
@@ -25,6 +26,8 @@ IMPROVER: Final = "improver"
 REVISER: Final = "reviser"
 _PROBE: Final = "qzxjv"
 """A word that no chat template contains: marks where the assistant's text would stand."""
+_UNLIKE: Final = ("Alike", "7 of them")
+"""Texts that share no token, neither at their beginnings nor at their ends."""
 _FENCED: Final = re.compile(r"```[\w+-]*[ \t]*\n(?P<inner>.*?)\n?```", re.DOTALL)
 _QUOTES: Final = (('"', '"'), ("“", "”"), ("«", "»"))
 
@@ -88,6 +91,15 @@ class PromptBook:
     def improver_ids(self, prompt: Prompt, draft_text: str) -> tuple[int, ...]:
         """What the improver reads: instruction, conversation, draft. Never the reference."""
         return self._role_ids(self._improver, prompt, {"draft": draft_text.strip()})
+
+    def improver_frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The token ids right before and right after the draft in every prompt of the improver (for ``actors.draft_pointer``)."""
+        starts, ends = [], []
+        for question in _UNLIKE:
+            one, other = (self.improver_ids(Prompt("frame", (Message("user", question),)), draft) for draft in _UNLIKE)
+            starts.append(_common_start(one, other)[::-1])
+            ends.append(_common_start(one[::-1], other[::-1])[::-1])
+        return _common_start(*starts)[::-1], ends[0]
 
     def revise_ids(self, prompt: Prompt, draft_text: str, reference: str) -> tuple[int, ...]:
         """What the reviser ``self`` reads while improver data is built: the reference is in it."""
@@ -194,6 +206,10 @@ def _template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
     )
     return environment.from_string(path.read_text(encoding="utf-8"))
+
+
+def _common_start(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
+    return tuple(token for token, _ in takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))
 
 
 def _end_of_turn(tokenizer: Tokenizer) -> int:

@@ -100,7 +100,9 @@ FILES = (
     "buffer.db",
     "checkpoints/latest",
 )
-RUBBISH = (b"\xff\xfe\x00", b"[" * 1_200, b'{"rows": {"time": 1}, "time": NaN, "kind": 1}', b"model: 1\ndata: 2\nstages: 3\nseed: 4\n")
+DEEP = 1_200
+"""Levels that Python's JSON does not go down to. YAML's reader gives up after half of it, and takes four times as long for all of it."""
+RUBBISH = (b"\xff\xfe\x00", b"[" * DEEP, b'{"rows": {"time": 1}, "time": NaN, "kind": 1}', b"model: 1\ndata: 2\nstages: 3\nseed: 4\n")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -109,7 +111,7 @@ def test_rubbish_in_a_file_of_a_run_is_named_or_passed_over(name: str, finished:
     run = tmp_path / "demo"
     shutil.copytree(finished, run)
     for number, rubbish in enumerate(RUBBISH):
-        (run / name).write_bytes(rubbish)
+        (run / name).write_bytes(rubbish[: DEEP // 2] if name.endswith(".yaml") else rubbish)
         for command in (
             ("status",),
             ("samples",),

@@ -1,0 +1,161 @@
+"""Speculation for the improver's pass: a rewrite mostly repeats its draft, and the draft stands in its prompt.
+
+vLLM's engine process makes one ``PointerProposer`` (``speculative_config`` method "custom_class") and asks it after every step what each request's
+next tokens might be; the model checks them all in one step and keeps those that it would have sampled. The pointer follows the draft, finds its
+place again after an edit, and proposes as many tokens as are likely to pay. Requests that are no rewrites get no proposals. Rejection
+sampling keeps the model's distribution whatever is proposed, greedy tokens are the same ones; a sampled rewrite follows other random numbers than
+without proposals. Leaves out: which templates there are (``prompts``), when to speculate at all (the configuration).
+
+Everything but ``PointerProposer`` is pure: a request's trail is a function of its tokens.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+
+CONFIG_KEY: Final = "sgpo_draft_pointer"
+PROPOSER: Final = f"{__name__}.PointerProposer"
+BEHIND: Final = 16
+AHEAD: Final = 24
+"""Draft tokens around the pointer among which a rewrite's place is looked for after an edit."""
+MEMORY: Final = 0.8
+FIRST_RATE: Final = 0.7
+"""The rate of hits is a moving average over about five tokens; a rewrite is trusted that much before its first token."""
+MOST_TRAILS: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """Token ids that stand right before and right after the draft in every prompt of a rewrite; the prompt ends with the latter."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trail:
+    """How far a rewrite has come: the next draft token, and the share of tokens that were foreseen of late."""
+
+    draft: tuple[int, ...]
+    place: int = 0
+    rate: float = FIRST_RATE
+    last: int | None = None
+
+    def proposals(self, step_tokens: float, busy: int, most: int) -> tuple[int, ...]:
+        """The next draft tokens, as many as pay.
+
+        The i-th proposal is kept with probability rate^i and costs a token's time c; keeping it saves a share of a step, whose time is
+        f + c * busy for ``busy`` requests: it pays while rate^i > c / (f / busy + c). ``step_tokens`` is f / c.
+        """
+        least = busy / (step_tokens + busy)
+        count, chance = 0, self.rate
+        while count < most and chance > least:
+            count, chance = count + 1, chance * self.rate
+        return self.draft[self.place : self.place + count]
+
+
+def follow(trail: Trail, token: int) -> Trail:
+    """The trail after one more token of the rewrite."""
+    hit = trail.place < len(trail.draft) and trail.draft[trail.place] == token
+    place = trail.place + 1 if hit else _place_again(trail, token)
+    return replace(trail, place=place, rate=MEMORY * trail.rate + (1 - MEMORY) * hit, last=token)
+
+
+def _place_again(trail: Trail, token: int) -> int:
+    """After an edit: behind the nearest draft token that is this one, best where the token before it fits too; else the edit replaced one."""
+    draft, here = trail.draft, trail.place
+    near = [place for place in range(max(0, here - BEHIND), min(len(draft), here + AHEAD)) if draft[place] == token]
+    fitting = [place for place in near if place > 0 and draft[place - 1] == trail.last]
+    if found := fitting or near:
+        return min(found, key=lambda place: abs(place - here)) + 1
+    return min(here + 1, len(draft))
+
+
+def begun(tokens: np.ndarray, frame: Frame, end: int) -> tuple[Trail, int] | None:
+    """The draft in the prompt of a rewrite, and where the rewrite begins; None when ``tokens[:end]`` holds no such prompt.
+
+    The token that follows the draft, the end of its turn, is the last one of the trail: a rewrite that is done ends so, too.
+    """
+    close = last_place(tokens[:end], frame.after)
+    opened = -1 if close < 0 else last_place(tokens[:close], frame.before)
+    if opened < 0:
+        return None
+    draft = tokens[opened + len(frame.before) : close + 1]
+    return Trail(tuple(draft.tolist())), close + len(frame.after)
+
+
+def last_place(tokens: np.ndarray, part: Sequence[int]) -> int:
+    """Where ``part`` last begins in ``tokens``; -1 when it does not."""
+    if len(part) > len(tokens):
+        return -1
+    found = np.flatnonzero((np.lib.stride_tricks.sliding_window_view(tokens, len(part)) == np.asarray(part)).all(axis=1))
+    return int(found[-1]) if len(found) else -1
+
+
+class PointerProposer:
+    """What vLLM calls; made in its engine process from ``additional_config[CONFIG_KEY]`` (see ``speculation_arguments``)."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        mine: Mapping[str, Any] = vllm_config.additional_config[CONFIG_KEY]
+        self._frame = Frame(tuple(mine["before"]), tuple(mine["after"]))
+        self._step_tokens = float(mine["step_tokens"])
+        self._most = int(vllm_config.speculative_config.num_speculative_tokens)
+        self._longest = int(vllm_config.model_config.max_model_len)
+        self._trails: OrderedDict[int, Trail | None] = OrderedDict()
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """There is no draft model."""
+
+    def propose(
+        self, sampled_token_ids: Sequence[Sequence[int]], num_tokens_no_spec: np.ndarray, token_ids_cpu: np.ndarray, slot_mappings: Any = None
+    ) -> list[list[int]]:
+        """Proposals by row. ``sampled_token_ids`` are the step's new tokens (none for a row that is not sampled yet), which
+        ``token_ids_cpu[row, : num_tokens_no_spec[row]]`` ends with.
+        """
+        busy = sum(1 for fresh in sampled_token_ids if fresh)
+        rows = zip(sampled_token_ids, num_tokens_no_spec, token_ids_cpu, strict=False)
+        return [self._row(tokens[: int(count)], len(fresh), busy) if fresh else [] for fresh, count, tokens in rows]
+
+    def _row(self, tokens: np.ndarray, fresh: int, busy: int) -> list[int]:
+        old = len(tokens) - fresh
+        trail = self._known(tokens, old)
+        if trail is not None:
+            for token in tokens[old:].tolist():
+                trail = follow(trail, token)
+        self._trails[_name(tokens)] = trail
+        if len(self._trails) > MOST_TRAILS:
+            self._trails.popitem(last=False)
+        if trail is None:
+            return []
+        room = self._longest - len(tokens) - 1
+        return list(trail.proposals(self._step_tokens, busy, min(self._most, room)))
+
+    def _known(self, tokens: np.ndarray, old: int) -> Trail | None:
+        """The trail of the first ``old`` tokens: kept since the last step, or made from them."""
+        name = _name(tokens[:old])
+        if name in self._trails:
+            return self._trails.pop(name)
+        found = begun(tokens, self._frame, old)
+        if found is None:
+            return None
+        trail, start = found
+        for token in tokens[start:old].tolist():
+            trail = follow(trail, token)
+        return trail
+
+
+def _name(tokens: np.ndarray) -> int:
+    return hash(tokens.tobytes())
+
+
+def speculation_arguments(frame: Frame, num_tokens: int, step_tokens: float) -> dict[str, Any]:
+    """Arguments for vLLM's AsyncEngineArgs: at most ``num_tokens`` proposals a step and request; a step costs as much as ``step_tokens`` tokens."""
+    return {
+        "speculative_config": {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": num_tokens},
+        "additional_config": {CONFIG_KEY: {"before": list(frame.before), "after": list(frame.after), "step_tokens": step_tokens}},
+    }

@@ -1,0 +1,170 @@
+"""The pointer into the draft: what it proposes for rewrites of every kind, and that it stops where proposals do not pay."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from itertools import takewhile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from test_prompts import WordTokenizer
+
+from actors.draft_pointer import CONFIG_KEY, Frame, PointerProposer, Trail, begun, follow, last_place, speculation_arguments
+from sgpo_dist.prompts import PromptBook
+from sgpo_dist.records import Message, Prompt
+
+FRAME = Frame((7, 8, 7), (2, 9))
+DRAFT = tuple(range(100, 160))
+STEP_TOKENS = 8.0
+
+
+def prompt(draft: Sequence[int]) -> list[int]:
+    return [1, 30, 31, 7, 8, 7, *draft, 2, 9]
+
+
+def foreseen(draft: Sequence[int], rewrite: Sequence[int], busy: int = 1, most: int = 6) -> tuple[int, int]:
+    """Tokens that were kept, and proposals made for nothing, when the model goes on as ``rewrite`` does."""
+    trail, place, kept, wasted = Trail(tuple(draft)), 0, 0, 0
+    while place < len(rewrite):
+        proposed = trail.proposals(STEP_TOKENS, busy, most)
+        right = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(proposed, rewrite[place:], strict=False)))
+        kept, wasted = kept + right, wasted + len(proposed) - right
+        for token in rewrite[place : place + right + 1]:  # what was kept, and the one that the model sampled itself
+            trail = follow(trail, token)
+        place += right + 1
+    return kept, wasted
+
+
+def test_a_copy_is_foreseen_from_its_first_token() -> None:
+    assert Trail(DRAFT).proposals(STEP_TOKENS, 1, 6) == DRAFT[:6]
+    kept, wasted = foreseen(DRAFT, DRAFT)
+    assert kept == 52  # 8 steps of six proposals and a token of the model's own, and a last one of four
+    assert wasted == 0
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda d: [*d[:20], 500, *d[21:]],
+        lambda d: [*d[:20], 500, 501, *d[20:]],
+        lambda d: [*d[:20], *d[24:]],
+        lambda d: [*d[:20], 500, 501, 502, *d[22:]],
+        lambda d: [500, *d],
+        lambda d: [*d[:40], *d[30:]],
+    ],
+    ids=["replaced", "inserted", "deleted", "rewritten", "begun otherwise", "repeated"],
+)
+def test_the_place_is_found_again_after_an_edit(edit: Callable[[list[int]], list[int]]) -> None:
+    rewrite = edit(list(DRAFT))
+    kept, wasted = foreseen(DRAFT, rewrite)
+    assert kept > 0.7 * len(rewrite)
+    assert wasted <= 20
+
+
+def test_of_two_places_the_one_whose_neighbour_fits_is_taken() -> None:
+    trail = Trail((10, 11, 12, 13, 50, 51, 13, 60))
+    for token in (10, 99, 51, 13):
+        trail = follow(trail, token)
+    assert trail.place == 7  # behind "51 13", though the other 13 is as near
+
+
+def test_unrelated_text_costs_a_handful_of_proposals() -> None:
+    rewrite = [1000 + n for n in range(200)]
+    assert foreseen(DRAFT, rewrite) == (0, pytest.approx(14, abs=6))
+    assert foreseen(DRAFT, rewrite, busy=64) == (0, 0)
+    draw = random.Random(3)
+    common = [draw.randrange(100, 160) for _ in range(200)]  # the draft's own tokens, in no order
+    assert foreseen(DRAFT, common, busy=16)[1] <= 10
+
+
+def test_proposals_are_those_that_pay() -> None:
+    """By hand: 8 / 2 + 1 = 5, so that a proposal must be kept one time in five; 0.7^4 = 0.24, 0.7^5 = 0.17."""
+    assert len(Trail(DRAFT).proposals(8.0, 2, 12)) == 4
+    assert len(Trail(DRAFT).proposals(8.0, 2, 3)) == 3
+    assert len(Trail(DRAFT, rate=0.99).proposals(8.0, 64, 12)) == 11  # 64 / 72 = 0.889; 0.99^11 = 0.895, 0.99^12 = 0.886
+    assert Trail(DRAFT, rate=0.88).proposals(8.0, 64, 12) == ()
+    assert Trail(DRAFT, place=58).proposals(8.0, 1, 6) == DRAFT[58:]
+
+
+def test_the_draft_is_found_in_the_prompt_of_a_rewrite_only() -> None:
+    tokens = np.array([*prompt([40, 7, 8, 7, 41]), 50, 51], dtype=np.int32)
+    assert begun(tokens, FRAME, len(tokens) - 2) == (Trail((41, 2)), len(tokens) - 2)  # the last opening counts
+    assert begun(np.array([1, 30, 31, 2, 9, 50]), FRAME, 5) is None
+    assert begun(np.array([1, 7, 8, 7, 30, 50]), FRAME, 5) is None
+    assert last_place(np.array([1, 2]), (1, 2, 3)) == -1
+    assert last_place(np.array([1, 2, 1, 2, 1]), (1, 2)) == 2
+
+
+def test_the_frame_of_the_real_template_stands_in_every_prompt() -> None:
+    book = PromptBook(WordTokenizer())
+    before, after = book.improver_frame()
+    question = Prompt("p", (Message("system", "be kind"), Message("user", "what now?"), Message("assistant", "well."), Message("user", "go on")))
+    ids = np.array(book.improver_ids(question, "  one two, three. "))
+    found = begun(ids, Frame(before, after), len(ids))
+    assert found is not None
+    assert book.decode(found[0].draft) == "one two, three."
+    assert found[0].draft[-1] == after[0]
+    assert found[1] == len(ids)
+    policy = np.array(book.policy_ids(question))
+    assert begun(policy, Frame(before, after), len(policy)) is None
+
+
+# ---- as vLLM calls it ------------------------------------------------------------------------------------------------------------------
+
+
+def proposer(most: int = 4, longest: int = 128) -> PointerProposer:
+    extra = speculation_arguments(FRAME, most, STEP_TOKENS)["additional_config"]
+    assert CONFIG_KEY in extra
+    return PointerProposer(
+        SimpleNamespace(
+            additional_config=extra,
+            speculative_config=SimpleNamespace(num_speculative_tokens=most),
+            model_config=SimpleNamespace(max_model_len=longest),
+        )
+    )
+
+
+def table(rows: Sequence[Sequence[int]], longest: int = 128) -> tuple[np.ndarray, np.ndarray]:
+    ids = np.zeros((8, longest), dtype=np.int32)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = row
+    return np.array([len(row) for row in rows] + [0] * (8 - len(rows)), dtype=np.int32), ids
+
+
+def test_rows_that_move_come_and_go_get_what_fresh_ones_would() -> None:
+    """Two rewrites, one of them put off and moved to another row, and a policy's request; a proposer that remembers and one that never does."""
+    kept = proposer()
+    first, second, plain = prompt(DRAFT[:30]), prompt(DRAFT[30:50]), [1, 30, 31, 2, 9]
+    steps = [
+        ([[*first, 100], [*second, 130], [*plain, 5]], [1, 1, 1]),
+        ([[*first, 100, 101, 102], [*second, 130, 77], [*plain, 5, 6]], [2, 1, 1]),
+        ([[*second, 130, 77, 132], [*plain, 5, 6, 7]], [1, 1]),
+        ([[*plain, 5, 6, 7, 8], [*second, 130, 77, 132, 133], [*first, 100, 101, 102, 103]], [1, 1, 1]),
+    ]
+    for rows, fresh in steps:
+        counts, ids = table(rows)
+        sampled = [row[len(row) - count :] for row, count in zip(rows, fresh, strict=True)]
+        found = kept.propose(sampled, counts, ids)
+        assert found == proposer().propose(sampled, counts, ids)
+        assert found[rows.index(next(row for row in rows if row[: len(plain)] == plain))] == []
+    assert found[1] == [134, 135, 136, 137]
+    assert found[2] == [104, 105, 106, 107]
+
+
+def test_rows_that_are_not_sampled_get_nothing_and_the_context_is_never_overrun() -> None:
+    row = [*prompt(DRAFT[:20]), 100]
+    counts, ids = table([row, row])
+    assert proposer().propose([[100], []], counts, ids) == [list(DRAFT[1:5]), []]
+    assert proposer(longest=len(row) + 3).propose([[100]], *table([row])) == [list(DRAFT[1:3])]
+    assert proposer(longest=len(row) + 1).propose([[100]], *table([row])) == [[]]
+
+
+def test_trails_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.draft_pointer.MOST_TRAILS", 2)
+    mine = proposer()
+    for number in range(5):
+        row = [*prompt((200 + number, 300)), 200 + number]
+        assert mine.propose([[200 + number]], *table([row])) == [[300, 2]]
+    assert len(mine._trails) == 2
