@@ -14,9 +14,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CONFIG_KEY: Final = "sgpo_draft_pointer"
 PROPOSER: Final = f"{__name__}.PointerProposer"
@@ -107,6 +110,8 @@ class PointerProposer:
         self._most = int(vllm_config.speculative_config.num_speculative_tokens)
         self._longest = int(vllm_config.model_config.max_model_len)
         self._trails: OrderedDict[int, Trail | None] = OrderedDict()
+        if vllm_config.device_config.device_type == "cpu":
+            mend_sampling()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """There is no draft model."""
@@ -151,6 +156,25 @@ class PointerProposer:
 
 def _name(tokens: np.ndarray) -> int:
     return hash(tokens.tobytes())
+
+
+def mend_sampling() -> None:
+    """Give vLLM's rejection sampler a working ``expand_batch_to_tokens`` in this process.
+
+    The one of vLLM 0.32 for processors writes only int64 tensors: temperature, top_k and top_p of proposed tokens are whatever was in memory, and
+    what is sampled has nothing to do with the model's distribution (vllm-project/vllm, pull request 42638, closed without a merge).
+    """
+    from vllm.v1.sample import rejection_sampler
+
+    rejection_sampler.expand_batch_to_tokens = expanded
+
+
+def expanded(x_B: Tensor, ends_B: Tensor, num_tokens: int, replace_from: float = 0, replace_to: float = 0) -> Tensor:
+    """``[num_tokens]``: the value of each row as often as the row has tokens, which end at ``ends_B``; one value may be replaced by another."""
+    import torch
+
+    counts_B = torch.diff(ends_B, prepend=ends_B.new_zeros(1))
+    return x_B.masked_fill(x_B == replace_from, replace_to).repeat_interleave(counts_B, output_size=num_tokens)
 
 
 def speculation_arguments(frame: Frame, num_tokens: int, step_tokens: float) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from test_prompts import WordTokenizer
 
-from actors.draft_pointer import CONFIG_KEY, Frame, PointerProposer, Trail, begun, follow, last_place, speculation_arguments
+from actors.draft_pointer import CONFIG_KEY, Frame, PointerProposer, Trail, begun, expanded, follow, last_place, speculation_arguments
 from sgpo_dist.prompts import PromptBook
 from sgpo_dist.records import Message, Prompt
 
@@ -122,6 +123,7 @@ def proposer(most: int = 4, longest: int = 128) -> PointerProposer:
             additional_config=extra,
             speculative_config=SimpleNamespace(num_speculative_tokens=most),
             model_config=SimpleNamespace(max_model_len=longest),
+            device_config=SimpleNamespace(device_type="cuda"),  # nothing to mend
         )
     )
 
@@ -151,6 +153,13 @@ def test_rows_that_move_come_and_go_get_what_fresh_ones_would() -> None:
         assert found[rows.index(next(row for row in rows if row[: len(plain)] == plain))] == []
     assert found[1] == [134, 135, 136, 137]
     assert found[2] == [104, 105, 106, 107]
+
+
+def test_a_row_s_value_is_given_to_each_of_its_tokens() -> None:
+    ends = torch.tensor([2, 2, 5, 6], dtype=torch.int32)
+    temperature = torch.tensor([0.7, 9.0, 0.0, 1.5])
+    assert expanded(temperature, ends, 6, 0, 1).tolist() == pytest.approx([0.7, 0.7, 1.0, 1.0, 1.0, 1.5])
+    assert expanded(torch.tensor([40, 1, 50, 3], dtype=torch.int32), ends, 6).tolist() == [40, 40, 50, 50, 50, 3]
 
 
 def test_rows_that_are_not_sampled_get_nothing_and_the_context_is_never_overrun() -> None:

@@ -1,0 +1,118 @@
+"""Rewrites with proposals from their drafts, on a real engine: greedy ones are the model's own, sampled ones have the model's distribution."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from actors.draft_pointer import Frame
+from actors.vllm_engine import EngineSpec, VllmEngine, engine_environment
+from sgpo_dist.data.embedded_model import embedded_model_dir
+from sgpo_dist.prompts import PromptBook, load_tokenizer
+from sgpo_dist.records import Completion, Message, Prompt
+from sgpo_dist.roles import GenerateRequest, Sampling
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(240)]
+
+T = TypeVar("T")
+Run = Callable[[Coroutine[Any, Any, T]], T]
+DRAFTS = {
+    "What is the capital of France?": "The capital of France is Paris, which lies on the river Seine, and the capitol of Italy is Rome.",
+    "Name three fruits.": "Three fruits are the apple, the pear and the plum; all of them grow on trees in many gardens.",
+}
+GREEDY = Sampling(0.0, 1.0, 0, 32)
+SAMPLED = Sampling(0.7, 1.0, 20, 4)
+DRAWS = 400
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run[Any]]:
+    loop = asyncio.new_event_loop()
+    yield loop.run_until_complete
+    loop.close()
+
+
+@pytest.fixture(scope="module")
+def book() -> PromptBook:
+    return PromptBook(load_tokenizer(embedded_model_dir()))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def engine(run: Run[Any], book: PromptBook) -> Iterator[VllmEngine]:
+    spec = EngineSpec(
+        str(embedded_model_dir()),
+        max_model_len=512,
+        kv_cache_gib=0.5,
+        max_num_seqs=32,
+        log_level="WARNING",
+        num_speculative_tokens=6,
+        draft_frame=Frame(*book.improver_frame()),
+    )
+    before = dict(os.environ)
+    os.environ.update(engine_environment(spec))
+    started = VllmEngine(spec)
+    run(started.start())
+    yield started
+    run(started.stop())
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def rewrites(book: PromptBook) -> list[tuple[int, ...]]:
+    return [book.improver_ids(Prompt("p", (Message("user", question),)), draft) for question, draft in DRAFTS.items()]
+
+
+def test_greedy_rewrites_are_the_model_s_own(run: Run[Any], engine: VllmEngine, book: PromptBook, model: Any) -> None:
+    async def ask() -> list[Completion]:
+        return list(await asyncio.gather(*(engine.generate(GenerateRequest(f"g{n}", ids, GREEDY, 0)) for n, ids in enumerate(rewrites(book)))))
+
+    for ids, answer in zip(rewrites(book), run(ask()), strict=True):
+        own = model.generate(torch.tensor([ids]), max_new_tokens=GREEDY.max_new_tokens, do_sample=False)[0, len(ids) :].tolist()
+        assert list(answer.token_ids) == own
+
+
+def test_sampled_rewrites_have_the_model_s_distribution(run: Run[Any], engine: VllmEngine, book: PromptBook, model: Any) -> None:
+    """Of each token but the first, which is nobody's proposal: its log-prob less the mean log-prob of a token drawn there is 0 on average."""
+    ids = rewrites(book)[0]
+
+    async def ask() -> list[Completion]:
+        return list(await asyncio.gather(*(engine.generate(GenerateRequest(f"s{seed}", ids, SAMPLED, seed)) for seed in range(DRAWS))))
+
+    drawn = [answer.token_ids for answer in run(ask()) if len(answer.token_ids) == SAMPLED.max_new_tokens]
+    assert len(drawn) > DRAWS / 2
+    distinct = sorted(set(drawn))
+    with torch.no_grad():
+        logits = torch.cat(
+            [
+                model(torch.tensor([[*ids, *row] for row in distinct[start : start + 32]])).logits[:, len(ids) : -1]
+                for start in range(0, len(distinct), 32)
+            ]
+        )
+    logps = processed(logits).log_softmax(-1)
+    targets = torch.tensor(distinct)[:, 1:, None]
+    own = logps.gather(-1, targets)[..., 0]
+    assert own.isfinite().all()  # nothing beyond top_k
+    surprise = own - torch.where(logps.isfinite(), logps.exp() * logps, 0.0).sum(-1)
+    weights = torch.tensor([float(drawn.count(row)) for row in distinct])[:, None]
+    mean = float((weights * surprise).sum() / weights.sum() / surprise.shape[1])
+    error = float(((weights * (surprise - mean) ** 2).sum() / weights.sum() / surprise.shape[1] / (len(drawn) * surprise.shape[1])) ** 0.5)
+    print(f"mean {mean:+.4f}, standard error {error:.4f}, {len(distinct)} distinct of {len(drawn)}")
+    assert abs(mean) < 4 * error
+
+
+def processed(logits: torch.Tensor) -> torch.Tensor:
+    scaled = logits / SAMPLED.temperature
+    least = scaled.topk(SAMPLED.top_k).values[..., -1:]
+    return scaled.masked_fill(scaled < least, float("-inf"))
