@@ -2,9 +2,10 @@
 
 vLLM's engine process makes one ``PointerProposer`` (``speculative_config`` method "custom_class") and asks it after every step what each request's
 next tokens might be; the model checks them all in one step and keeps those that it would have sampled. The pointer follows the draft, finds its
-place again after an edit, and proposes as many tokens as are likely to pay. Requests that are no rewrites get no proposals. Rejection
-sampling keeps the model's distribution whatever is proposed, greedy tokens are the same ones; a sampled rewrite follows other random numbers than
-without proposals. Leaves out: which templates there are (``prompts``), when to speculate at all (the configuration).
+place again after an edit, and proposes as many tokens as are likely to pay. Requests that are no rewrites get no proposals. Rejection sampling
+keeps the model's distribution whatever is proposed. Greedy tokens are the same ones; a sampled rewrite follows other random numbers than without
+proposals, so that where rewrites are sampled proposals must not depend on what else runs (``busy``). Leaves out: which templates there are
+(``prompts``), when to speculate at all (the configuration).
 
 Everything but ``PointerProposer`` is pure: a request's trail is a function of its tokens.
 """
@@ -107,6 +108,7 @@ class PointerProposer:
         mine: Mapping[str, Any] = vllm_config.additional_config[CONFIG_KEY]
         self._frame = Frame(tuple(mine["before"]), tuple(mine["after"]))
         self._step_tokens = float(mine["step_tokens"])
+        self._busy = int(mine["busy"])
         self._most = int(vllm_config.speculative_config.num_speculative_tokens)
         self._longest = int(vllm_config.model_config.max_model_len)
         self._trails: OrderedDict[int, Trail | None] = OrderedDict()
@@ -122,7 +124,7 @@ class PointerProposer:
         """Proposals by row. ``sampled_token_ids`` are the step's new tokens (none for a row that is not sampled yet), which
         ``token_ids_cpu[row, : num_tokens_no_spec[row]]`` ends with.
         """
-        busy = sum(1 for fresh in sampled_token_ids if fresh)
+        busy = self._busy or sum(1 for fresh in sampled_token_ids if fresh)
         rows = zip(sampled_token_ids, num_tokens_no_spec, token_ids_cpu, strict=False)
         return [self._row(tokens[: int(count)], len(fresh), busy) if fresh else [] for fresh, count, tokens in rows]
 
@@ -177,9 +179,13 @@ def expanded(x_B: Tensor, ends_B: Tensor, num_tokens: int, replace_from: float =
     return x_B.masked_fill(x_B == replace_from, replace_to).repeat_interleave(counts_B, output_size=num_tokens)
 
 
-def speculation_arguments(frame: Frame, num_tokens: int, step_tokens: float) -> dict[str, Any]:
-    """Arguments for vLLM's AsyncEngineArgs: at most ``num_tokens`` proposals a step and request; a step costs as much as ``step_tokens`` tokens."""
+def speculation_arguments(frame: Frame, num_tokens: int, step_tokens: float, busy: int = 0) -> dict[str, Any]:
+    """Arguments for vLLM's AsyncEngineArgs: at most ``num_tokens`` proposals a step and request; a step costs as much as ``step_tokens`` tokens.
+
+    Proposals are weighed for ``busy`` requests at once; 0 = for as many as there are.
+    """
+    mine = {"before": list(frame.before), "after": list(frame.after), "step_tokens": step_tokens, "busy": busy}
     return {
         "speculative_config": {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": num_tokens},
-        "additional_config": {CONFIG_KEY: {"before": list(frame.before), "after": list(frame.after), "step_tokens": step_tokens}},
+        "additional_config": {CONFIG_KEY: mine},
     }

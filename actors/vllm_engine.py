@@ -40,7 +40,7 @@ class EngineSpec:
     ``engine_kwargs`` go to vLLM unchanged and win over everything here. With requests in flight and no token for ``stuck_s`` the engine
     counts as hung. ``stop_token_ids`` end an answer beside the model's own end token (a chat template may close turns
     with another one). Within rewrites, whose drafts stand in ``draft_frame``, at most ``num_speculative_tokens`` of the draft are proposed at a
-    time. ``repack_tied_head`` is for one regression test only.
+    time, as many as pay when ``speculation_busy`` requests run (0: for those that do). ``repack_tied_head`` is for one regression test only.
     """
 
     model_dir: str
@@ -62,6 +62,7 @@ class EngineSpec:
     stop_token_ids: tuple[int, ...] = ()
     num_speculative_tokens: int = 0
     draft_frame: Frame | None = None
+    speculation_busy: int = 0
     repack_tied_head: bool = True
 
 
@@ -322,7 +323,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
     }
     arguments |= _cpu_arguments(spec) if spec.device == "cpu" else {"gpu_memory_utilization": spec.gpu_memory_utilization}
     if spec.num_speculative_tokens and spec.draft_frame is not None:
-        arguments |= speculation_arguments(spec.draft_frame, spec.num_speculative_tokens, STEP_TOKENS[spec.device])
+        arguments |= speculation_arguments(spec.draft_frame, spec.num_speculative_tokens, STEP_TOKENS[spec.device], spec.speculation_busy)
     return arguments | dict(spec.engine_kwargs)
 
 

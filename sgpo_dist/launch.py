@@ -488,6 +488,7 @@ def engine_spec(config: Config, placement: Placement, probes: tuple[ProbeRow, ..
         log_level=config.logging.level,
         max_num_seqs=rollout.concurrency,
         num_speculative_tokens=rollout.num_speculative_tokens,
+        speculation_busy=rollout.concurrency if rollout.improver.temperature else 0,  # a sampled rewrite must not depend on its company
     )
 
 

@@ -115,8 +115,8 @@ def test_the_frame_of_the_real_template_stands_in_every_prompt() -> None:
 # ---- as vLLM calls it ------------------------------------------------------------------------------------------------------------------
 
 
-def proposer(most: int = 4, longest: int = 128) -> PointerProposer:
-    extra = speculation_arguments(FRAME, most, STEP_TOKENS)["additional_config"]
+def proposer(most: int = 4, longest: int = 128, busy: int = 0) -> PointerProposer:
+    extra = speculation_arguments(FRAME, most, STEP_TOKENS, busy)["additional_config"]
     assert CONFIG_KEY in extra
     return PointerProposer(
         SimpleNamespace(
@@ -168,6 +168,15 @@ def test_rows_that_are_not_sampled_get_nothing_and_the_context_is_never_overrun(
     assert proposer().propose([[100], []], counts, ids) == [list(DRAFT[1:5]), []]
     assert proposer(longest=len(row) + 3).propose([[100]], *table([row])) == [list(DRAFT[1:3])]
     assert proposer(longest=len(row) + 1).propose([[100]], *table([row])) == [[]]
+
+
+def test_proposals_are_weighed_for_those_that_run_or_for_as_many_as_told() -> None:
+    rows = [[*prompt(DRAFT), 100]] * 8
+    counts, ids = table(rows)
+    assert [len(found) for found in proposer(most=9).propose([[100]], counts, ids)] == [8]  # 0.76^8 = 0.1113 > 1 / 9 > 0.76^9
+    assert {len(found) for found in proposer(most=9).propose([[100]] * 8, counts, ids)} == {2}  # 0.76^2 = 0.58 > 8 / 16
+    for company in (1, 8):
+        assert [len(found) for found in proposer(most=9, busy=2).propose([[100]] * company, counts, ids)] == [5] * company
 
 
 def test_trails_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
