@@ -1,4 +1,4 @@
-"""``python -m bench [dpo|sync|loop|speculation|gpu|scale|buffer] [--quick]``: the ratios side by side on the screen and in bench/RESULTS.md.
+"""``python -m bench [dpo|sync|loop|speculation|worker|prefix|gpu|scale|buffer] [--quick]``: the ratios side by side on the screen and in bench/RESULTS.md.
 
 Exits with 1 when a correctness guard fails or an arm does not end: a ratio without its guard is worth nothing.
 """
@@ -16,13 +16,13 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-from bench import buffer, dpo_step, loop, scale, speculation, weight_sync
+from bench import buffer, dpo_step, loop, scale, speculation, weight_sync, worker
 from bench.machine import Line, facts
 from sgpo_dist.data.embedded_model import embedded_model_dir
 
 RESULTS: Final = Path(__file__).parent / "RESULTS.md"
 HEADER: Final = "| what | baseline s | ours s | ratio (median) | ratio (worst) | guard |\n| --- | --- | --- | --- | --- | --- |"
-PARTS: Final = ("dpo", "sync", "loop", "speculation", "gpu", "scale", "buffer")
+PARTS: Final = ("dpo", "sync", "loop", "speculation", "worker", "prefix", "gpu", "scale", "buffer")
 
 
 def main() -> int:
@@ -54,9 +54,11 @@ def _measure(parts: list[str], quick: bool, rounds: int, same_allocator: bool) -
         "sync": lambda: [weight_sync.measure(repeats=1 if quick else 3, restarts=1 if quick else 2)],
         "loop": lambda: [loop.measure(rounds)],
         "speculation": lambda: [line for heat in (0.0, speculation.WARM) for line in speculation.measure(heat, steps)],
+        "worker": lambda: worker.measure(steps),
     }
     remarked: dict[str, Callable[[], list[str]]] = {
         "gpu": lambda: dpo_step.measure_gpu(steps),
+        "prefix": worker.measure_prefix,
         "scale": lambda: scale.measure(quick),
         "buffer": lambda: buffer.measure(quick),
     }
