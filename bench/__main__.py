@@ -1,4 +1,4 @@
-"""``python -m bench [dpo|sync|loop|speculation|worker|prefix|gpu|scale|buffer] [--quick]``: the ratios side by side on the screen and in bench/RESULTS.md.
+"""``python -m bench [PART ..] [--quick]``: the ratios side by side on the screen and in bench/RESULTS.md. The parts are ``PARTS``.
 
 Exits with 1 when a correctness guard fails or an arm does not end: a ratio without its guard is worth nothing.
 """
