@@ -161,14 +161,21 @@ def _name(tokens: np.ndarray) -> int:
 
 
 def mend_sampling() -> None:
-    """Give vLLM's rejection sampler a working ``expand_batch_to_tokens`` in this process.
+    """Mend what vLLM 0.32's rejection sampler does wrong on processors, in this process.
 
-    The one of vLLM 0.32 for processors writes only int64 tensors: temperature, top_k and top_p of proposed tokens are whatever was in memory, and
-    what is sampled has nothing to do with the model's distribution (vllm-project/vllm, pull request 42638, closed without a merge).
+    Its ``expand_batch_to_tokens`` writes only int64 tensors: temperature, top_k and top_p of proposed tokens are whatever was in memory, and what is
+    sampled has nothing to do with the model's distribution (vllm-project/vllm, pull request 42638, closed without a merge). And a step in which
+    nothing was proposed to anybody dies of the largest top_k among none.
     """
     from vllm.v1.sample import rejection_sampler
 
+    constrained = rejection_sampler.apply_sampling_constraints
+
+    def constrained_if_any(logits: Tensor, ends: Tensor, metadata: Any) -> Tensor:
+        return constrained(logits, ends, metadata) if len(logits) else logits
+
     rejection_sampler.expand_batch_to_tokens = expanded
+    rejection_sampler.apply_sampling_constraints = constrained_if_any
 
 
 def expanded(x_B: Tensor, ends_B: Tensor, num_tokens: int, replace_from: float = 0, replace_to: float = 0) -> Tensor:

@@ -94,12 +94,9 @@ def test_sampled_rewrites_have_the_model_s_distribution(run: Run[Any], engine: V
     assert len(drawn) > DRAWS / 2
     distinct = sorted(set(drawn))
     with torch.no_grad():
-        logits = torch.cat(
-            [
-                model(torch.tensor([[*ids, *row] for row in distinct[start : start + 32]])).logits[:, len(ids) : -1]
-                for start in range(0, len(distinct), 32)
-            ]
-        )
+        cache = model(torch.tensor([ids[:-1]]), use_cache=True).past_key_values  # the prompt is computed once
+        cache.batch_repeat_interleave(len(distinct))
+        logits = model(torch.tensor([[ids[-1], *row] for row in distinct]), past_key_values=cache).logits[:, 1:-1]
     logps = processed(logits).log_softmax(-1)
     targets = torch.tensor(distinct)[:, 1:, None]
     own = logps.gather(-1, targets)[..., 0]
