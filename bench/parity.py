@@ -69,7 +69,12 @@ class Gaps:
     @property
     def worst(self) -> float:
         """The largest of the three."""
-        return max(self.loss, self.logps, self.gradients)
+        return max(self.loss, self.logps, self.relative_gradients)
+
+    @property
+    def relative_gradients(self) -> float:
+        """The gradients' gap, as a share of the largest one where that is above 1: sums in another order differ by so many of float32's digits."""
+        return self.gradients / max(1.0, self.largest_gradient)
 
 
 @dataclass(frozen=True, slots=True)
