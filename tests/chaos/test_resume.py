@@ -125,7 +125,8 @@ def test_killed_five_times_an_asynchronous_run_has_the_same_outcomes(tmp_path: P
     proved, counted and bounded: what differs from the whole run was lost, doubled or drawn from the wrong seed.
     """
     prompts = STEPS * BATCH
-    words = [*make_inputs(tmp_path, rows=prompts), *WORDS, "preference.max_staleness=2", "preference.learning_rate=1e-30"]
+    inputs = make_inputs(tmp_path, rows=2 * prompts)  # half of the rows keep their references, for the stages before
+    words = [*inputs, *WORDS, "preference.max_staleness=2", "preference.learning_rate=1e-30"]
     words += [f"preference.total_steps={2 * STEPS}"]  # so that both runs end when the prompts are used up
     whole, killed = Runs(tmp_path / "whole", words), Runs(tmp_path / "killed", words)
     whole.finish()
