@@ -248,6 +248,9 @@ class PreferenceConfig(Section):
     rounds: Positive = Field(1, description="Equal parts of the steps; each begins with the reference model refreshed, on prompts not used before.")
     ladder: Positive = Field(1, description="Refine so often; each rung is a pair with the one below it.")
     improver_replay: Share = Field(0.0, description="Improver rows mixed into each step, per pair, so that the improver role is not forgotten.")
+    kept_replay: float = Field(
+        0.0, ge=0, le=16, description="Own answers that the improver left as they were, mixed into each step, per pair; needs collect: first."
+    )
     agreement: AgreementConfig = Field(default_factory=AgreementConfig, description="Vote of fresh draws on each pair.")
     fence: float | None = Field(None, gt=0, description="Refuse pairs outside Tukey fences (k * IQR) of the improver stage's edit ratios.")
     health_steps: int = Field(0, ge=0, description="Steps between held-out checks of the improver; 0 = only at the stage's ends.")
@@ -484,6 +487,7 @@ def _impossible_preferences(config: Config) -> list[str]:
     revisers = improver.reviser.values() if isinstance(improver.reviser, dict) else [improver.reviser]
     batch, agreement = config.learner.train_batch_size, preference.agreement
     apart, judged, votes = preference.improver_model is not None, preference.pairs == "judge", 2 * agreement.draws
+    kept_answers = preference.collect == "first" and preference.pairs != "given"
     needs_revisions = bool(preference.improver_replay) or preference.fence is not None
     rules = (
         ("openai" in revisers and not improver.endpoint.model, "improver.reviser 'openai' needs improver.endpoint.model, a name that it serves"),
@@ -499,6 +503,7 @@ def _impossible_preferences(config: Config) -> list[str]:
         (0 < votes < agreement.margin and agreement.vote != "likelihood", f"preference.agreement.margin exceeds the {votes} votes there are"),
         (preference.rounds > preference.total_steps, f"preference.rounds ({preference.rounds}) exceed preference.total_steps"),
         (config.model.lora.enabled and preference.rounds > 1, "preference.rounds above 1 needs model.lora.enabled set to false"),
+        (preference.kept_replay and not kept_answers, "preference.kept_replay needs preference.collect set to 'first' and pairs that are made"),
         (needs_revisions and "improver" not in config.stages, "preference.improver_replay and preference.fence need 'improver' in stages"),
         (config.made_pairs_per_step < 1, f"preference.offline_ratio {preference.offline_ratio} leaves no own pair in a batch of {batch}; lower it"),
     )

@@ -119,6 +119,19 @@ def keep_examples(
     ]
 
 
+def kept_examples(refusals: Sequence[Refusal], prompts: Mapping[str, Prompt], book: PromptBook) -> list[TokenExample]:
+    """prompt -> own answer, of every answer that ended and that its rewrite repeats.
+
+    Pairs say only what is wrong. Where a model errs to one side more often, they are one-sided too, and DPO on them alone overshoots to the other.
+    """
+    same = [(refusal, refusal.response) for refusal in refusals if refusal.reason is RefusalReason.IDENTICAL]
+    return [
+        TokenExample(f"kept/{refusal.uid}", book.policy_ids(prompts[refusal.prompt_id]), answer.token_ids)
+        for refusal, answer in same
+        if answer is not None and answer.finish_reason is FinishReason.STOP
+    ]
+
+
 def replay_examples(pairs: Sequence[PreferencePair], kind: str, book: PromptBook) -> list[TokenExample]:
     """Policy rows that keep the policy role while the improver role is learned, one a revision: own drafts, references, or none."""
     if kind == "self":

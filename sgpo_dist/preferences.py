@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sgpo_dist.config import PreferenceConfig
-from sgpo_dist.curriculum import edit_fences, given_pairs, improver_examples, offline_batch
+from sgpo_dist.curriculum import edit_fences, given_pairs, improver_examples, kept_examples, offline_batch
 from sgpo_dist.errors import DataError, StoppedOnRequest
 from sgpo_dist.evaluate.heldout import improver_check
 from sgpo_dist.health import Brakes, pair_health, refusal_health
@@ -89,6 +89,7 @@ class PairSupply:
     run: Run
     given: tuple[PreferencePair, ...]
     improver_rows: tuple[TokenExample, ...]
+    kept_rows: tuple[TokenExample, ...] = ()
 
     async def batch(self, step: int) -> StepBatch | None:
         """None when the stage can never fill it."""
@@ -109,8 +110,9 @@ class PairSupply:
         return StepBatch(pairs, self._replay(step, size), float(staleness), waited)
 
     def _replay(self, step: int, size: int) -> tuple[TokenExample, ...]:
-        count = round(self.run.config.preference.improver_replay * size)
-        return offline_batch(self.improver_rows, step, count, self.run.config.seed) if count else ()
+        settings, seed = self.run.config.preference, self.run.config.seed
+        shares = ((self.improver_rows, settings.improver_replay), (self.kept_rows, settings.kept_replay))
+        return tuple(row for rows, share in shares if share for row in offline_batch(rows, step, round(share * size), seed))
 
 
 async def open_supply(run: Run) -> PairSupply:
@@ -128,13 +130,16 @@ async def open_supply(run: Run) -> PairSupply:
     fences = edit_fences(revisions, settings.fence) if settings.fence is not None else None
     if settings.improver_model is not None:
         await collect_apart(run, settings.improver_model)
+    else:
+        await run.fleet.begin(generation_task(run, Stage.PREFERENCE, fences))
+        if settings.collect == "first":
+            run.recorder.status(stage=run.stage.value, total=settings.total_steps, doing="making all pairs first")
+            await run.buffer.wait_exhausted(Stage.PREFERENCE)
+            await run.fleet.end()
+    if not settings.kept_replay:
         return supply
-    await run.fleet.begin(generation_task(run, Stage.PREFERENCE, fences))
-    if settings.collect == "first":
-        run.recorder.status(stage=run.stage.value, total=settings.total_steps, doing="making all pairs first")
-        await run.buffer.wait_exhausted(Stage.PREFERENCE)
-        await run.fleet.end()
-    return supply
+    prompts = {prompt.prompt_id: prompt for prompt in run.preference_prompts()}
+    return replace(supply, kept_rows=tuple(kept_examples(await run.buffer.refusals(Stage.PREFERENCE), prompts, run.book)))
 
 
 def preference_plan(run: Run) -> StagePlan:

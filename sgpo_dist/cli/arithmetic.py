@@ -118,11 +118,16 @@ def _preference_lines(config: Config, data: DataFacts | None) -> list[Figure]:
 
 def _step_tokens(config: Config, longest: int) -> Figure:
     prompt, response, other = pair_tokens(config)
-    replay = round(config.preference.improver_replay * config.learner.train_batch_size)
-    row = prompt + response + config.rollout.improver.max_new_tokens + IMPROVER_OVERHEAD_TOKENS
-    tokens = config.learner.train_batch_size * longest + replay * row
-    words = f"prompt {prompt} + response {response} + {_OTHER_HALF[config.preference.pairs]} {other}"
-    return Figure("preference: tokens a step", f"up to {tokens:,}", words + (f"; {replay} improver rows of {row}" if replay else ""))
+    preference, batch = config.preference, config.learner.train_batch_size
+    improver_row = prompt + response + config.rollout.improver.max_new_tokens + IMPROVER_OVERHEAD_TOKENS
+    rows = [
+        (round(preference.improver_replay * batch), "improver rows", improver_row),
+        (round(preference.kept_replay * batch), "kept answers", prompt + response),
+    ]
+    tokens = batch * longest + sum(count * size for count, _, size in rows)
+    mixed = "".join(f"; {count} {name} of {size}" for count, name, size in rows if count)
+    words = f"prompt {prompt} + response {response} + {_OTHER_HALF[preference.pairs]} {other}"
+    return Figure("preference: tokens a step", f"up to {tokens:,}", words + mixed)
 
 
 def _supply_words(config: Config, data: DataFacts | None) -> str:

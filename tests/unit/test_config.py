@@ -106,6 +106,8 @@ def test_an_unknown_key_names_the_nearest(tree: dict[str, Any], nearest: str) ->
             "data.max_prompt_tokens + rollout.policy.max_new_tokens (1100) exceed rollout.max_model_len (1000)",
         ),
         ({"improver": {"reviser": "repair"}}, "needs improver.repair set to 'module:function'"),
+        ({"preference": {"kept_replay": 1}}, "preference.kept_replay needs preference.collect set to 'first'"),
+        ({"preference": {"kept_replay": 1, "collect": "first", "pairs": "given"}}, "and pairs that are made"),
         ({"weights": {"transport": "ipc"}}, "needs learner.gpus_per_rank above 0"),
         ({"model": {"trust_remote_code": True}}, "needs model.revision"),
         ({"stages": ["preference", "sft"]}, "in that order"),

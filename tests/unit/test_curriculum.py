@@ -15,6 +15,7 @@ from sgpo_dist.curriculum import (
     given_pairs,
     improver_examples,
     keep_examples,
+    kept_examples,
     nll_batches,
     offline_batch,
     replay_examples,
@@ -278,6 +279,17 @@ def test_kept_drafts_teach_to_give_the_draft_back() -> None:
     prompts = {f"p{n}": Prompt(f"p{n}", (Message("user", "ask"),)) for n in range(1, 5)}
     (row,) = keep_examples(refusals, prompts, BOOK, 9, seed=0)
     assert row == TokenExample("keep/1", (200, 100, 3, 3, 5), (3, 5, 0))
+
+
+def test_answers_that_the_improver_left_alone_are_policy_rows() -> None:
+    refusals = [
+        good_draft("1", "all right", reason=RefusalReason.IDENTICAL),
+        good_draft("2", "cut off", finish=FinishReason.LENGTH, reason=RefusalReason.IDENTICAL),
+        good_draft("3", "nearly so", reason=RefusalReason.NEAR_COPY),
+        Refusal("4", Stage.PREFERENCE, "p4", RefusalReason.IDENTICAL),
+    ]
+    prompts = {f"p{n}": Prompt(f"p{n}", (Message("user", "ask"),)) for n in range(1, 5)}
+    assert kept_examples(refusals, prompts, BOOK) == [TokenExample("kept/1", (100, 3), (3, 5, 0))]
 
 
 def test_no_more_drafts_are_kept_than_asked_for_and_the_seed_draws_them() -> None:

@@ -106,6 +106,13 @@ def test_a_mixed_batch_and_improver_rows() -> None:
     assert value(made, "pairs ahead of training") == "at most 12"  # 2 x 6 made pairs
 
 
+def test_kept_answers_cost_tokens() -> None:
+    preference = {"total_steps": 10, "collect": "first", "kept_replay": 2}
+    rollout = {"policy": {"max_new_tokens": 60}, "improver": {"max_new_tokens": 40}}
+    made = plan(config(data={"max_prompt_tokens": 100}, preference=preference, rollout=rollout), data=DATA)
+    assert value(made, "preference: tokens a step") == "up to 4,160"  # 8 x (100 + 60 + 40) and 16 x (100 + 60)
+
+
 def test_pairs_made_first_are_all_there_and_cost_few_versions() -> None:
     made = plan(config(preference={"total_steps": 8, "collect": "first"}))
     assert value(made, "pairs ahead of training") == "all"
