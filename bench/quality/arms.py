@@ -129,7 +129,7 @@ _TAUGHT, _DRAFTED = (0, 16), (16, None)
 _ORDERS = (
     Arm("base", "none"),
     Arm("sft", "sft", None, _SFT | {"sft.epochs": 8}, rows=_TAUGHT),
-    Arm("improver", "improver", "sft", _ORDERS_IMPROVER | _ORDERS_REPAIR, rows=_DRAFTED, improver_role=True),
+    Arm("improver", "improver", "sft", _ORDERS_IMPROVER | _ORDERS_REPAIR, improver_role=True),
     Arm("sgpo", "preference", "improver", _DPO | _CLOSE | _KEPT | _AGREEMENT, improver_role=True),
     Arm("sft_more", "sft", "sft", _SFT | {"sft.epochs": 4}),
     Arm("synpo_improver", "improver", "sft", _ORDERS_IMPROVER | _DIRECT, rows=_DRAFTED, shown=False),
