@@ -115,7 +115,7 @@ _ORDERS_REPAIR = {
     "improver.keep_ratio": 0.5,
     "improver.edit_weight": 2.0,
 }
-_ORDERS_IMPROVER = _IMPROVER | {"improver.epochs": 4}
+_ORDERS_IMPROVER = _IMPROVER | {"improver.drafts_per_row": 6, "rollout.policy.temperature": 1.3}
 _DIRECT = {"improver.reviser": "reference", "improver.replay": "none"}
 _CLOSE = {"preference.beta": 0.02, "preference.nll_coef": 4.0}
 _KEPT = {"preference.kept_replay": 4.0}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +62,7 @@ class Task:
 
 
 def _rows(path: Path, rows: Rows) -> tuple[Prompt, ...]:
-    draft = path.with_suffix(".tmp")
+    draft = path.with_suffix(f".{os.getpid()}.tmp")  # the runner of the other core writes the same rows
     draft.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     draft.replace(path)
     return load_rows(str(path))
