@@ -75,10 +75,10 @@ def arm_key(task: Task, name: str, seed: int) -> str:
 
 # ---- orders ------------------------------------------------------------------------------------------------------------------------
 
-# Few references and many bare prompts. SFT sees the first 16 and knows them by heart; the improver repairs drafts of the other 16, where drafts
-# still have faults, and is also taught to leave good drafts alone. A pair has to be what fresh draws of both roles side with. Pairs differ in a field
+# Few references and many bare prompts. SFT sees the first 16 and knows them by heart. The improver repairs drafts of all 32, made so hot that half of
+# them have a fault, and is also taught to leave good drafts alone. A pair has to be what fresh draws of both roles side with. Pairs differ in a field
 # or two of 58 tokens, and mostly in the same direction: the preference loss alone pushes one token ("false") down everywhere. So it weighs little
-# beside the likelihood of chosen texts and of answers that the improver left alone. More SFT sees all 32, as often as the improver sees its 16.
+# beside the likelihood of chosen texts and of answers that the improver left alone. More SFT sees all 32 as well.
 
 _SFT = {"sft.learning_rate": 1e-4, "sft.train_batch_size": 8}
 _SAMPLING = {
@@ -123,8 +123,8 @@ _AGREEMENT = {"preference.agreement.draws": 2, "preference.agreement.margin": 2,
 _SCORER = "bench.quality.extraction:plausibility"
 _PLAUSIBLE = {"preference.pairs": "judge", "preference.judge.kind": "scorer", "preference.judge.scorer": _SCORER}
 
-_TAUGHT, _DRAFTED = (0, 16), (16, None)
-"""References of the first SFT, and those whose drafts the improver repairs: on the former a model hardly errs any more."""
+_TAUGHT = (0, 16)
+"""References of the first SFT."""
 
 _ORDERS = (
     Arm("base", "none"),
@@ -132,7 +132,8 @@ _ORDERS = (
     Arm("improver", "improver", "sft", _ORDERS_IMPROVER | _ORDERS_REPAIR, improver_role=True),
     Arm("sgpo", "preference", "improver", _DPO | _CLOSE | _KEPT | _AGREEMENT, improver_role=True),
     Arm("sft_more", "sft", "sft", _SFT | {"sft.epochs": 4}),
-    Arm("synpo_improver", "improver", "sft", _ORDERS_IMPROVER | _DIRECT, rows=_DRAFTED, shown=False),
+    Arm("sft_most", "sft", "sft", _SFT | {"sft.epochs": 24}),  # as many tokens trained on as in improver and sgpo together
+    Arm("synpo_improver", "improver", "sft", _ORDERS_IMPROVER | _DIRECT, shown=False),
     Arm("synpo", "preference", "sft", _DPO | _CLOSE | _KEPT, improver_from="synpo_improver"),
     Arm("spin", "preference", "sft", _DPO | _WIDE | {"preference.pairs": "reference", "preference.epochs": 3}),
     Arm("dpo", "preference", "sft", _DPO | _WIDE | {"preference.pairs": "given", "preference.epochs": 2, "preference.collect": "online"}),
