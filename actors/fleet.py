@@ -83,8 +83,9 @@ class FleetSpec:
 class RestartPolicy:
     """Counts crashes of the fleet's workers since the last pair any of them made.
 
-    A crash is answered with a pause of ``base_s`` doubled with each crash before it, at most ``cap_s``; more than ``max_restarts``
-    crashes without a pair between them end the run. Workers that went with their node are paused for in the same way and end nothing.
+    The first crash is answered at once, the next with a pause of ``base_s``, doubled with each crash after it, at most ``cap_s``; more than
+    ``max_restarts`` crashes without a pair between them end the run. Workers that went with their node are paused for in the same way and
+    end nothing.
     """
 
     max_restarts: int
@@ -110,7 +111,7 @@ class RestartPolicy:
         return self._pause(self.losses)
 
     def _pause(self, times: int) -> float:
-        return min(self.base_s * 2.0 ** (times - 1), self.cap_s)
+        return min(self.base_s * 2.0 ** (times - 2), self.cap_s) if times > 1 else 0.0
 
 
 def share_cores(cores: Sequence[int], index: int, workers: int) -> tuple[int, ...]:
@@ -152,6 +153,9 @@ class Worker(Protocol):
 
     async def heartbeat(self) -> WorkerStats:
         """Counters; also the sign of life."""
+
+    async def wait(self) -> None:
+        """Never returns; raises as soon as the worker's process is known to have ended, long before a heartbeat would miss it."""
 
     async def stop(self) -> None:
         """End it in good order."""
@@ -210,6 +214,7 @@ class RayFleet:
         self._live: dict[int, _Member] = {}
         self._rebuilds: dict[int, asyncio.Task[None]] = {}
         self._background: set[asyncio.Task[None]] = set()
+        self._waits: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
         self._is_cut_off = False
         self._was_live = False
@@ -324,7 +329,9 @@ class RayFleet:
         """End all workers and their engine children; never raises for a worker that is gone already."""
         self._count = 0
         await asyncio.gather(*(self._dismiss(index) for index in sorted({*self._live, *self._rebuilds})))
-        await asyncio.gather(*self._background, return_exceptions=True)  # workers that leave their nodes, each bounded
+        for wait in self._waits:
+            wait.cancel()
+        await asyncio.gather(*self._waits, *self._background, return_exceptions=True)  # workers that leave their nodes, each bounded
 
     # ---- dealing with one member ----------------------------------------------------------------------------------------------------
 
@@ -391,7 +398,7 @@ class RayFleet:
         self._on_event("worker_leaves", worker=member.worker.worker_id, node=member.worker.node, seconds_left=left)
         if member.index < self._count:
             self._rebuild(member.index, delay=0.0)
-        self._in_background(self._retire(member.worker, min(STOP_S, seconds_left - LEAVE_MARGIN_S)))
+        self._in_background(self._retire(member.worker, min(STOP_S, seconds_left - LEAVE_MARGIN_S)), self._background)
 
     async def _retire(self, worker: Worker, seconds: float) -> None:
         """End a worker in good order, which gives its leases back, or by force when ``seconds`` are over."""
@@ -433,17 +440,17 @@ class RayFleet:
         return delay
 
     def _rebuild(self, index: int, delay: float) -> None:
-        self._rebuilds[index] = self._in_background(self._bring_up(index, delay))
+        self._rebuilds[index] = self._in_background(self._bring_up(index, delay), self._background)
 
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Work that nobody awaits; what it raises ends the run."""
+    def _in_background(self, work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> asyncio.Task[None]:
+        """Work that nobody awaits, kept in ``tasks`` until it ends; what it raises ends the run."""
         task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background_ended)
+        tasks.add(task)
+        task.add_done_callback(partial(self._background_ended, tasks))
         return task
 
-    def _background_ended(self, task: asyncio.Task[None]) -> None:
-        self._background.discard(task)
+    def _background_ended(self, tasks: set[asyncio.Task[None]], task: asyncio.Task[None]) -> None:
+        tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             self._failure = self._failure or task.exception()
 
@@ -483,7 +490,11 @@ class RayFleet:
         del self._rebuilds[member.index]
         self._live[member.index] = member
         self._was_live = True
+        self._in_background(self._attempt(member, self._wait), self._waits)
         await self._attempt(member, self._hand_task)
+
+    async def _wait(self, member: _Member) -> None:
+        await member.worker.wait()
 
     def _worth_another(self, problem: SgpoError) -> bool:
         """Whether a start that failed may succeed next time. What this machine lacks from the beginning, it will lack again.
@@ -606,12 +617,16 @@ class RayWorker:
         stats: WorkerStats = await self._call("heartbeat", self.spec.heartbeat_timeout_s)
         return stats
 
+    async def wait(self) -> None:
+        """A call that the actor never answers: Ray fails it when the process ends. Bounded by the heartbeats beside it."""
+        await self._call("wait", None)
+
     async def stop(self) -> None:
         """Within ``STOP_S``. An actor that stopped in good order is left to Ray, which would report a signal from us as a crash."""
         await self._call("stop", STOP_S)
         self.processes = self.processes[1:]
 
-    async def _call(self, method: str, timeout: float, *arguments: Any) -> Any:
+    async def _call(self, method: str, timeout: float | None, *arguments: Any) -> Any:
         try:
             return await call(getattr(self.handle, method).remote(*arguments), self.worker_id, timeout)
         except Unavailable:
@@ -719,6 +734,10 @@ class RolloutActor:
     async def heartbeat(self) -> WorkerStats:
         """See RolloutWorker."""
         return await self._worker.heartbeat()
+
+    async def wait(self) -> None:
+        """Until this process ends."""
+        await asyncio.Event().wait()
 
     async def stop(self) -> None:
         """See RolloutWorker."""

@@ -47,8 +47,8 @@ class NoRoom(EnvironmentProblem):
     """Ray found no node for an actor in the time for it: add a node, or ask for fewer or smaller workers."""
 
 
-async def call(ref: Awaitable[T], role: str, timeout: float) -> T:
-    """The result of a remote call, within ``timeout`` seconds. Raises WorkerFault for a lost or hung actor, our own errors as they were."""
+async def call(ref: Awaitable[T], role: str, timeout: float | None) -> T:
+    """The result of a remote call, within ``timeout`` seconds if given. Raises WorkerFault for a lost or hung actor, our own errors as they were."""
     try:
         async with asyncio.timeout(timeout):  # not wait_for: before Python 3.12 that swallows a cancellation which meets the answer
             return await ref

@@ -102,7 +102,7 @@ async def _story(
         buffer=buffer,
         fleet=fleet,  # type: ignore[arg-type]
         learner=learner,  # type: ignore[arg-type]
-        store=None,  # type: ignore[arg-type] nothing is saved
+        store=None,  # type: ignore[arg-type]  # nothing is saved
         recorder=recorder,  # type: ignore[arg-type]
         incarnation=await buffer.begin_incarnation(),
         progress=Progress("preference", global_step=1),

@@ -120,7 +120,7 @@ async def _with_worker(engine: VllmEngine, book: PromptBook) -> tuple[int, int]:
         incarnation = await buffer.begin_incarnation()
         await buffer.open_stage(incarnation, StagePlan(Stage.PREFERENCE, SEED, batch_size=8, max_staleness=None), tuple(_prompts(PROMPTS)), 0)
         settings = RolloutSettings("w0", 1024, 1e-3, AT_ONCE)
-        worker = RolloutWorker(settings, engine, buffer, book, gated, SilentRecorder().message)  # type: ignore[arg-type]
+        worker = RolloutWorker(settings, engine, buffer, book, gated, SilentRecorder().message)
         await worker.begin(GenerationTask(Stage.PREFERENCE, incarnation, HOW, HOW, {"default": "improver"}))
         await asyncio.wait_for(buffer.wait_exhausted(Stage.PREFERENCE), DEADLINE_S)
         stats = await worker.heartbeat()

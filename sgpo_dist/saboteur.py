@@ -52,6 +52,9 @@ SAMPLE_EVERY_S: Final = 10.0
 GRACE_S: Final = 60.0
 """How long processes may take to end after their driver."""
 
+SHORT: Final = 15
+"""Letters that the kernel keeps of a process's name."""
+_SPAWNED: Final = {"ray::RolloutActor": "VLLM::EngineCore", "VLLM::EngineCore": "VLLM::Worker"}
 ROLES: Final = {"ray::RolloutActor": "worker", "VLLM::": "engine", "ray::PairBuffer": "buffer", "ray::RankHost": "learner"}
 """How a process' title begins -> whose memory it is; whatever else there is belongs to Ray."""
 
@@ -391,7 +394,7 @@ class LiveRun:
         if not title:
             return [self._driver.pid] if self._driver is not None and self._driver.poll() is None else []
         self._remember()
-        return sorted(process.pid for process in self._seen if _title(process).startswith(title))
+        return sorted(process.pid for process in self._seen if _title(process).startswith(title[:SHORT]))
 
     def send(self, pid: int, number: int) -> None:
         """See Victims."""
@@ -528,8 +531,13 @@ def _is_alive(process: psutil.Process) -> bool:
 
 
 def _title(process: psutil.Process) -> str:
+    """Its name. An engine's process cannot always set one (a changed first variable of its environment hides the room for it): then by descent."""
     try:
-        return process.name()
+        name, parent = process.name(), process.parent()
+        if not name.startswith("python") or parent is None or "spawn_main" not in " ".join(process.cmdline()):
+            return name
+        of_parent = _title(parent)
+        return next((child for title, child in _SPAWNED.items() if of_parent.startswith(title[:SHORT])), name)
     except psutil.Error:
         return ""
 
@@ -547,7 +555,7 @@ def take_sample(family: Sequence[psutil.Process], driver: int, now: float, share
 
 
 def _role(process: psutil.Process) -> str:
-    title = process.name()
+    title = _title(process)
     return next((role for start, role in ROLES.items() if title.startswith(start)), "ray")
 
 

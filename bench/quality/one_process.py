@@ -72,6 +72,10 @@ class LocalWorker:
         """See RolloutWorker."""
         return await self.worker.heartbeat()
 
+    async def wait(self) -> None:
+        """This process cannot outlive itself."""
+        await asyncio.Event().wait()
+
     async def stop(self) -> None:
         """Stop leasing; the engine stays for the next run."""
         await self.worker.end()
@@ -190,11 +194,11 @@ class Workbench:
                 await learner.stop()
                 await buffer.close()
 
-    async def show(self, config: Config) -> None:
-        """Put the configuration's starting model on the engine, untrained."""
+    async def show(self, config: Config, model: Path) -> None:
+        """Put the model of a directory on the engine as it is."""
         learner = LocalLearner(await self._thread_call(self._new_rank, config), self._thread)
         try:
-            await learner.begin_stage(LearnerStage(Stage.SFT, str(model_directory(config)), OptimiserPlan(config.sft.learning_rate, 1)))
+            await learner.begin_stage(LearnerStage(Stage.SFT, str(model), OptimiserPlan(config.sft.learning_rate, 1)))
             bundle = await learner.publish(0)
             check_proof(bundle, await self._engine.receive(bundle), probe_tolerance(config, self._placement))
         finally:

@@ -135,11 +135,13 @@ async def _run_arm(bench: Workbench, place: Place, arm: Arm, seed: int) -> None:
     config = arm_config(place, arm, seed)
     corpus = task.corpus(place.folder / "data", seed, place.split)
     corpus = replace(corpus, references=corpus.references[slice(*arm.rows)])
-    shutil.rmtree(config.run_dir, ignore_errors=True)  # what an arm left that was cut short
-    facts: dict[str, Any] = {}
-    if arm.stage == "none":
-        await bench.show(config)
+    facts = _known(place, arm, seed)
+    if facts:
+        await bench.show(config, place.model(arm.name, seed))
+    elif arm.stage == "none":
+        await bench.show(config, model_directory(config))
     else:
+        shutil.rmtree(config.run_dir, ignore_errors=True)  # what an arm left that was cut short
         run = await bench.train(config, corpus, arm.swapped)
         facts = await asyncio.to_thread(_facts, run, task, seed)
     trained_s = time.monotonic() - began
@@ -183,6 +185,16 @@ def _untrained_elsewhere(place: Place, arm: Arm, seed: int) -> bool:
             _write(place.result(arm.name, seed), tree | {"seed": seed, "key": arm_key(place.task, arm.name, seed)})
             return True
     return False
+
+
+def _known(place: Place, arm: Arm, seed: int) -> dict[str, Any]:
+    """What training the arm told, from its result on another split, if the model is still there: no held-out split enters it. Empty else."""
+    if not (place.model(arm.name, seed) / "model.safetensors").is_file():
+        return {}
+    for path in place.arm(arm.name, seed).glob("result-*.json"):
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return {name: tree[name] for name in ("steps", "learner_tokens", *LAST_STEP, "pairs") if name in tree}
+    return {}
 
 
 def _write(target: Path, result: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DRAIN_NODE_REASON_PREEMPTION
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.fleet import FleetSpec, RayFleet, RayLauncher, WorkerSpec
+from actors.fleet import FleetSpec, RayFleet, RayLauncher, RolloutActor
 from actors.handles import RemoteBuffer
 from actors.nodes import RayNodes, look_at_ray
 from actors.rollout import RolloutSettings, RolloutWorker, leave
@@ -33,7 +33,7 @@ from sgpo_dist.buffer.service import PairBuffer
 from sgpo_dist.config import PairGateConfig
 from sgpo_dist.errors import EnvironmentProblem
 from sgpo_dist.records import Completion, FinishReason, Message, PreferencePair, Prompt, Stage
-from sgpo_dist.roles import GenerateRequest, GenerationTask, Sampling, StagePlan, WorkerStats
+from sgpo_dist.roles import GenerateRequest, GenerationTask, Sampling, StagePlan
 from sgpo_dist.weights.version import WeightBundle, WeightProof
 
 HOW = Sampling(0.0, 1.0, 0, 8)
@@ -69,6 +69,9 @@ class ScriptedEngine:
     async def logps(self, rows: Sequence[Any]) -> tuple[tuple[float, ...], ...]:
         return tuple((-1.0,) for _ in rows)
 
+    async def pids(self) -> list[int]:
+        return []
+
     async def check(self) -> None: ...
 
     async def stop(self) -> None: ...
@@ -94,38 +97,14 @@ def pair(lease: Any, prompt_ids: tuple[int, ...], response: Completion, refineme
     return PreferencePair(lease.uid, lease.stage, lease.prompt, prompt_ids, response, refinement, template)
 
 
-class ScriptedActor:
-    """As ``RolloutActor``, around the scripted engine."""
+class ScriptedActor(RolloutActor):
+    """``RolloutActor`` around the scripted engine."""
 
-    def __init__(self, spec: WorkerSpec, buffer: RemoteBuffer) -> None:
-        fleet = spec.fleet
-        settings = RolloutSettings(spec.worker_id, 1024, fleet.tolerance, fleet.concurrency, fleet.lease_s)
-        self._worker = RolloutWorker(settings, ScriptedEngine(), buffer, Words(), pair, leave)  # type: ignore[arg-type]
-
-    async def where(self) -> str:
-        return str(ray.get_runtime_context().get_node_id())
-
-    async def start(self) -> list[tuple[int, float]]:
-        await self._worker.start()
-        return [(os.getpid(), psutil.Process().create_time())]
-
-    async def begin(self, task: GenerationTask) -> None:
-        await self._worker.begin(task)
-
-    async def end(self) -> None:
-        await self._worker.end()
-
-    async def receive(self, bundle: WeightBundle) -> WeightProof:
-        return await self._worker.receive(bundle)
-
-    async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        return await self._worker.generate(requests)
-
-    async def heartbeat(self) -> WorkerStats:
-        return await self._worker.heartbeat()
-
-    async def stop(self) -> None:
-        await self._worker.stop()
+    def _assemble(self) -> None:
+        fleet = self._spec.fleet
+        settings = RolloutSettings(self._spec.worker_id, 1024, fleet.tolerance, fleet.concurrency, fleet.lease_s)
+        self._engine = ScriptedEngine()  # type: ignore[assignment]
+        self._worker = RolloutWorker(settings, self._engine, self._buffer, Words(), pair, leave)  # type: ignore[arg-type]
 
 
 @dataclass

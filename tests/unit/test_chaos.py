@@ -476,6 +476,29 @@ def test_processes_are_found_by_title_and_what_outlives_the_driver_is_named_and_
     assert sample.files >= 6  # three standard streams each
 
 
+FAMILY = """
+import ctypes, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time; spawn_main = time.sleep; print('ready', flush=True); spawn_main(60)"])
+ctypes.CDLL(None).prctl(15, b"ray::RolloutActor")
+child.wait()
+"""
+
+
+def test_an_engine_s_process_without_a_title_is_known_by_descent(tmp_path: Path) -> None:
+    """setproctitle does nothing where the first variable of the environment was changed, and the order of Ray's is not ours to say."""
+    command = [sys.executable, "-I", "-S", "-c"]
+    run = live([*command, f"import subprocess; subprocess.run({[*command, FAMILY]!r})"], tmp_path / "run", grace_s=5.0)
+    run.start()
+    while run.last_words() != "ready":
+        time.sleep(0.005)
+    (actor,), (engine,) = run.pids("ray::RolloutActor"), run.pids("VLLM::EngineCore")
+    assert psutil.Process(engine).ppid() == actor
+    assert run.pids("VLLM::Worker") == []
+    for pid in (engine, actor):
+        run.send(pid, signal.SIGKILL)
+    assert run.leftovers() == []
+
+
 # ---- the command -------------------------------------------------------------------------------------------------------------------
 
 

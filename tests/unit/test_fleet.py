@@ -46,6 +46,7 @@ class FakeWorker:
     logp: float = -1.0
     held: asyncio.Event | None = None
     node: str = "n1"
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def _do(self, what: str, note: str = "") -> None:
         await asyncio.sleep(0)
@@ -77,6 +78,10 @@ class FakeWorker:
         if "heartbeat" in self.plan:
             raise self.plan["heartbeat"]
         return WorkerStats(self.worker_id, 0, 0, self.pairs, 0, 0, 0.0, 0)
+
+    async def wait(self) -> None:
+        await self.gone.wait()
+        raise FAULT
 
     async def stop(self) -> None:
         if self.held is not None:
@@ -187,9 +192,9 @@ FAULT = WorkerFault("rollout-0", "its process died")
 
 def test_pauses_double_up_to_a_minute_and_the_budget_ends() -> None:
     policy = RestartPolicy(max_restarts=8)
-    assert [policy.crashed() for _ in range(9)] == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, None]
+    assert [policy.crashed() for _ in range(9)] == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, None]
     policy.progressed()
-    assert policy.crashed() == 1.0
+    assert policy.crashed() == 0.0
     assert policy.total == 10
     assert RestartPolicy(max_restarts=0).crashed() is None
 
@@ -197,10 +202,10 @@ def test_pauses_double_up_to_a_minute_and_the_budget_ends() -> None:
 @pytest.mark.fault(13, invariants="I6")
 def test_workers_that_went_with_their_node_spend_no_budget() -> None:
     policy = RestartPolicy(max_restarts=1)
-    assert [policy.lost_node() for _ in range(8)] == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
-    assert (policy.crashed(), policy.crashed()) == (1.0, None)
+    assert [policy.lost_node() for _ in range(8)] == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0]
+    assert (policy.crashed(), policy.crashed()) == (0.0, None)
     policy.progressed()
-    assert policy.lost_node() == 1.0
+    assert policy.lost_node() == 0.0
 
 
 def test_a_node_is_avoided_after_three_failures_without_a_pair_and_for_ten_minutes() -> None:
@@ -282,6 +287,27 @@ def test_workers_start_side_by_side_and_serve_in_order() -> None:
     play(story())
 
 
+@pytest.mark.fault(1, invariants="I6")
+def test_a_process_that_ends_is_replaced_before_any_heartbeat_misses_it() -> None:
+    async def story() -> None:
+        w = World()
+        await w.fleet.start(1)
+        await w.fleet.begin(TASK)
+        w.workers[0].gone.set()
+        await until(lambda: "rollout-0.7.2 begin" in w.diary)
+        assert w.pauses == [0.0, 0.0]  # two starts, no heartbeat
+        w.workers[1].gone.set()
+        await until(lambda: "rollout-0.7.3 begin" in w.diary)
+        assert w.pauses == [0.0, 0.0, 1.0]
+        events = len(w.events)
+        await w.fleet.stop()
+        w.workers[2].gone.set()
+        await asyncio.sleep(0.01)
+        assert len(w.events) == events
+
+    play(story())
+
+
 @pytest.mark.fault(1, invariants="I3 I6")
 def test_a_lost_worker_s_leases_return_and_its_successor_has_the_version_before_the_task() -> None:
     async def story() -> None:
@@ -300,7 +326,7 @@ def test_a_lost_worker_s_leases_return_and_its_successor_has_the_version_before_
             "rollout-0.7.2 receive 3",
             "rollout-0.7.2 begin",
         ]
-        assert w.crash_pauses == [1.0]
+        assert w.crash_pauses == []
         assert [kind for kind, _ in w.events] == ["worker_started", "worker_lost", "worker_started"]
         assert w.events[1][1] == {"worker": "rollout-0.7.1", "node": "n1", "reason": "its process died", "log": "out of luck"}
         watching.cancel()
@@ -386,7 +412,7 @@ def test_a_crash_loop_ends_the_run_with_the_log_s_last_lines() -> None:
         assert str(caught.value) == (
             "rollout workers crashed 4 times without making a pair; the last was rollout-0.7.4: its process died\n    out of luck"
         )
-        assert w.crash_pauses == [1.0, 2.0, 4.0]
+        assert w.crash_pauses == [1.0, 2.0]
 
     play(story())
 
@@ -403,7 +429,7 @@ def test_a_pair_in_between_starts_the_count_afresh() -> None:
             await until(lambda pauses=pauses: len(w.pauses) > pauses + 4)  # a heartbeat has seen the pair
             w.workers[life].plan["heartbeat"] = FAULT
         await until(lambda: len(w.workers) == 4)
-        assert w.crash_pauses == [1.0, 1.0, 1.0]
+        assert w.crash_pauses == []  # a second crash in a row would have been paused for
         assert not watching.done()
         watching.cancel()
 
@@ -475,7 +501,7 @@ def test_a_worker_that_went_with_its_node_is_no_crash_and_its_prompts_are_not_to
         await until(lambda: "rollout-0.7.2 begin" in w.diary)
         assert "rollout-0.7.1 gives back for 5, crashed False" in w.diary
         assert w.avoids == [(), ("n1",)]
-        assert w.crash_pauses == [1.0]
+        assert w.crash_pauses == []
         assert not watching.done()
         watching.cancel()
 
