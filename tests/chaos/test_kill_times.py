@@ -20,8 +20,10 @@ import pytest
 from tiny_run import ROOT, Runs, all_gone, make_inputs
 
 KINDS = ["kill-worker", "kill-engine", "kill-buffer", "kill-learner", "kill-driver"]
-WORKER_SHARE, LEARNER_SHARE, BUFFER_S = 1.1, 2.0, 3.0
-"""Targets: of the first engine's start, with room for noise; of the learner's cold start; from the kill to the next outcome."""
+NOTICED_S, LEARNER_SHARE, BUFFER_S = 1.0, 2.0, 3.0
+"""Targets: to see a worker's end and have its successor begin; of the learner's cold start; from the kill to the next outcome."""
+WORKER_SHARE = 1.4
+"""Of the first engine's start, which the same engine's next starts differ from by a third on a busy machine."""
 BEFORE_S = 20.0
 WORDS = [
     "preference.total_steps=10000",  # more than there is time for
@@ -50,7 +52,12 @@ def test_each_part_is_back_in_time(tmp_path: Path, record_property) -> None:
     first_engine_s = next(event["seconds"] for event in events if event["kind"] == "worker_started")
     cold_s = sum(next(float(str(event["seconds"])) for event in events if event["kind"] == kind) for kind in ("learner_started", "learner_ready"))
     print(f"first engine {first_engine_s} s, learner's cold start {cold_s:.1f} s")
-    assert max(took["kill-worker"], took["kill-engine"]) <= WORKER_SHARE * first_engine_s
+    for kind in ("kill-worker", "kill-engine"):
+        killed = next(fault["time"] for fault in facts["faults"] if fault["kind"] == kind)
+        engine_s = next(event["seconds"] for event in events if event["kind"] == "worker_started" and event["time"] > killed)
+        print(f"{kind}: back after {took[kind]:.1f} s, of which the engine's start {engine_s} s")
+        assert took[kind] - engine_s < NOTICED_S
+        assert took[kind] <= WORKER_SHARE * first_engine_s
     assert took["kill-buffer"] < BUFFER_S
     assert took["kill-learner"] < LEARNER_SHARE * cold_s
 
@@ -82,8 +89,8 @@ def test_nobody_idles_while_one_of_two_workers_is_replaced(tmp_path: Path, recor
     print(f"noticed after {noticed_s:.2f} s, back after {back_s:.1f} s, engine starts {starts}, {figures}")
     record_property("meanwhile", figures)
     (calm_rate, calm_steps, _, _), (rate, steps, longest_s, longest_step_s) = figures["before"], figures["meanwhile"]
-    assert noticed_s < 1.0
-    assert back_s <= WORKER_SHARE * max(starts[:2])
+    assert noticed_s < NOTICED_S
+    assert back_s - starts[2] < NOTICED_S
     assert rate >= 0.9 * calm_rate
     assert steps >= 0.4 * calm_steps
     assert max(longest_s, longest_step_s) < back_s / 4
