@@ -77,7 +77,7 @@ FAULTS: Final[Mapping[int, Fault]] = {
     19: Fault("weights cut off on their way", "nothing is put without a proof; the worker is rebuilt"),
     20: Fault("disk full", "one line that says what to free; the old checkpoint stays; goes on, or is resumed, when there is room", "at once"),
     21: Fault("checkpoint changed or cut on disk", "found by hash, the one before is used, one warning", "at once"),
-    22: Fault("worker ended for lack of memory", "as 1, with a pause; `worker_lost` names the settings to lower"),
+    22: Fault("worker ended for lack of memory", "as 1, with a growing pause from the second time on; `worker_lost` names the settings to lower"),
     23: Fault("loss or gradient that is not finite", "the step is skipped and counted; too many in a row end the run", "one step"),
     24: Fault(
         "prompt that kills each worker",
