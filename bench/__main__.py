@@ -22,7 +22,7 @@ from sgpo_dist.data.embedded_model import embedded_model_dir
 
 RESULTS: Final = Path(__file__).parent / "RESULTS.md"
 HEADER: Final = "| what | baseline s | ours s | ratio (median) | ratio (worst) | guard |\n| --- | --- | --- | --- | --- | --- |"
-PARTS: Final = ("dpo", "sync", "loop", "speculation", "worker", "prefix", "gpu", "scale", "buffer")
+PARTS: Final = ("dpo", "shared", "binding", "sync", "loop", "speculation", "worker", "prefix", "gpu", "scale", "buffer")
 
 
 def main() -> int:
@@ -51,6 +51,8 @@ def _measure(parts: list[str], quick: bool, rounds: int, same_allocator: bool) -
     steps = 1 if quick else 2
     works: dict[str, Callable[[], list[Line]]] = {
         "dpo": lambda: dpo_step.measure(steps, rounds, same_allocator),
+        "shared": lambda: [dpo_step.measure_shared(steps, rounds)],
+        "binding": lambda: [worker.measure_binding(steps)],
         "sync": lambda: [weight_sync.measure(repeats=1 if quick else 3, restarts=1 if quick else 2)],
         "loop": lambda: [loop.measure(rounds)],
         "speculation": lambda: [line for heat in (0.0, speculation.WARM) for line in speculation.measure(heat, steps)],

@@ -3,8 +3,9 @@
 Arms: ``ours``, ``defaults`` (TRL as it comes: float32 weights under bf16 autocast, gradient checkpointing, the reference scored in
 each step) and ``tuned`` (TRL with bf16 weights, without checkpointing, the reference scored beforehand). What is counted: forward,
 backward and update. ``ours`` is timed twice: with fresh pairs, whose reference it has to score (against ``defaults``), and with known ones
-(against ``tuned``). Guard: in float32, on few pairs, the loss after one update. With a CUDA device: ``measure_gpu``. Called by
-``python -m bench``; also run as a child of itself.
+(against ``tuned``). Guard: in float32, on few pairs, the loss after one update. ``shared`` and ``apart`` (goal C3): our step on pairs whose
+texts share their first half, with and without computing it once. With a CUDA device: ``measure_gpu``. Called by ``python -m bench``; also
+run as a child of itself.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ LEARNING_RATE: Final = 1e-5
 LOSS_TOLERANCE: Final = 1e-3
 BF16_TOLERANCE: Final = 6e-2
 FP32_TOLERANCE: Final = 2e-3
+SHARED: Final = 0.5
+GRADIENT_TOLERANCE: Final = 1e-5
 PEAK_BF16_TFLOPS: Final = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
 """Dense bf16 peaks by a part of the device's name, from the vendor's data sheets (H100 and H200: the SXM models)."""
 
@@ -73,6 +76,21 @@ def _speed(name: str, arms: Sequence[Mapping[str, Any]], key: str) -> str:
     cpu = statistics.median(seconds(arms, key.replace("_s", "_cpu_s")))
     tokens = arms[0]["tokens"]
     return f"{name}: {took:.1f} s ({cpu:.1f} CPU-s) a step, {PAIRS / took:.2f} pairs/s, {tokens / took:.0f} tokens/s, peak {rss} MiB"
+
+
+def measure_shared(timed_steps: int, rounds: int) -> Line:
+    """What the common leading tokens of a pair's texts save when they are computed once. Guard: loss and gradient norm in float32."""
+    variables = environment(allocator=True)
+    found: dict[str, list[dict[str, Any]]] = {"apart": [], "shared": []}
+    for _ in range(rounds):
+        for arm, answers in found.items():
+            answers.append(run_arm(MODULE, arm, {"pairs": PAIRS, "steps": timed_steps}, variables))
+    exact = [run_arm(MODULE, arm, {"pairs": GUARD_PAIRS, "steps": 1, "dtype": "float32"}, variables) for arm in found]
+    gap = max(abs(a / b - 1) for key in ("losses", "grad_norms") for a, b in zip(exact[0][key], exact[1][key], strict=True))
+    guard = f"fp32 losses and gradient norms of {len(exact[0]['losses'])} steps agree to {gap:.1e}, allowed {GRADIENT_TOLERANCE:.0e}"
+    notes = (f"tokens a step: {found['apart'][0]['tokens']} apart, {found['shared'][0]['tokens']} shared; both texts share their first half",)
+    times = seconds(found["apart"], "step_s"), seconds(found["shared"], "step_s")
+    return Line("DPO step, common leading tokens twice", "twice", *times, guard, gap <= GRADIENT_TOLERANCE, notes)
 
 
 def measure_gpu(timed_steps: int) -> list[str]:
@@ -122,6 +140,14 @@ def _pair(book: PromptBook, number: int, order: orders.Order, other: orders.Orde
     return PreferencePair(f"bench-{number}", Stage.PREFERENCE, prompt, book.policy_ids(prompt), rejected, chosen, book.improver_template)
 
 
+def share_first_half(pair: PreferencePair) -> PreferencePair:
+    """The pair with a worse text that leaves the better one's path half way, at its own second half in reverse."""
+    ids = pair.chosen.token_ids
+    middle = int(len(ids) * SHARED)
+    worse = replace(pair.rejected, token_ids=ids[:middle] + tuple(reversed(ids[middle:])))
+    return replace(pair, response=worse)
+
+
 def _completion(book: PromptBook, text: str) -> Completion:
     return Completion(text, book.completion_ids(text), FinishReason.STOP, 0)
 
@@ -132,6 +158,7 @@ def _completion(book: PromptBook, text: str) -> Completion:
 def run_ours(pairs: Sequence[PreferencePair], timed_steps: int, dtype: str, gpu: bool) -> dict[str, Any]:
     """One warm-up step, ``timed_steps`` with pairs not seen before, and as many with pairs whose reference log-probs are known."""
     rank = _make_rank(dtype, gpu, total_steps=1 + 2 * timed_steps)
+    norms = []
     fresh: list[tuple[float, float]] = []
     known: list[tuple[float, float]] = []
     losses, tokens = [], 0
@@ -139,6 +166,7 @@ def run_ours(pairs: Sequence[PreferencePair], timed_steps: int, dtype: str, gpu:
         renamed = [replace(pair, uid=f"{pair.uid}-{number}") for pair in pairs]
         metrics, took = _timed_step(rank, number + 1, renamed, gpu)
         losses.append(metrics["loss"])
+        norms.append(metrics["grad_norm"])
         tokens = int(metrics["perf/tokens"])
         fresh += [took] if number else []
     for number in range(timed_steps):
@@ -147,7 +175,7 @@ def run_ours(pairs: Sequence[PreferencePair], timed_steps: int, dtype: str, gpu:
         known.append(took)
     parameters = sum(parameter.numel() for parameter in rank._current.engine.scorer.parameters())
     rank.stop()
-    return {"losses": losses, "tokens": tokens, "parameters": parameters} | _columns("fresh", fresh) | _columns("step", known)
+    return {"losses": losses, "grad_norms": norms, "tokens": tokens, "parameters": parameters} | _columns("fresh", fresh) | _columns("step", known)
 
 
 def _columns(name: str, took: Sequence[tuple[float, float]]) -> dict[str, list[float]]:
@@ -172,6 +200,15 @@ def run_logps(pairs: Sequence[PreferencePair], dtype: str, gpu: bool) -> dict[st
     logps = rank.logps(rows)
     rank.stop()
     return {"logps": logps, "counts": [len(row.completion_ids) for row in rows]}
+
+
+def _compute_all_twice() -> None:
+    """From here on rows of pairs share their prompt only."""
+    from learner import learner
+    from learner.batch import Row
+
+    module: Any = learner
+    module.pair_row = lambda pair: Row(len(pair.prompt_ids), pair.prompt_ids, (pair.chosen.token_ids, pair.rejected.token_ids))
 
 
 def _make_rank(dtype: str, gpu: bool, total_steps: int) -> Any:
@@ -275,7 +312,7 @@ def require_same_ids(trainer: Any, pairs: Sequence[PreferencePair]) -> None:
 def main() -> None:
     """One arm, as a child of ``measure``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arm", choices=["ours", "defaults", "tuned", "logps"], required=True)
+    parser.add_argument("--arm", choices=["ours", "shared", "apart", "defaults", "tuned", "logps"], required=True)
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
@@ -286,8 +323,12 @@ def main() -> None:
 
     torch.set_num_threads(THREADS)
     pairs = make_pairs(PromptBook(load_tokenizer(embedded_model_dir())), options.pairs)
-    if options.arm == "ours":
-        answer("ours", **run_ours(pairs, options.steps, options.dtype, bool(options.gpu)))
+    if options.arm in ("ours", "shared", "apart"):
+        if options.arm != "ours":
+            pairs = [share_first_half(pair) for pair in pairs]
+        if options.arm == "apart":
+            _compute_all_twice()
+        answer(options.arm, **run_ours(pairs, options.steps, options.dtype, bool(options.gpu)))
     elif options.arm == "logps":
         answer("logps", **run_logps(pairs, options.dtype, bool(options.gpu)))
     else:

@@ -3,7 +3,8 @@
 ``worker``: the same prompts, answered and rewritten with the same seeds, once by two calls of the engine a prompt and nothing else, once by a real
 RolloutWorker that leases them from a real PairBuffer (SQLite, synchronous=FULL) and puts the pairs back. Guard: the same number of tokens.
 ``prefix``: several samples a prompt, each rewritten; prompt tokens by prompt tokens that were not in the cache, as the engine counts them.
-Guard: with the cache off the texts are the same. Called by ``python -m bench``; also run as a child of itself.
+Guard: with the cache off the texts are the same. ``binding`` (C17): the engine as vLLM binds it by itself and as we bind it, to all cores, with
+nobody else at work. Guard: the same texts. Called by ``python -m bench``; also run as a child of itself.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ HOW: Final = Sampling(0.8, 1.0, 40, 40)
 GREEDY: Final = Sampling(0.0, 1.0, 0, 24)
 LEAST_SAVED: Final = 1.5
 DEADLINE_S: Final = 200.0
+OURS_TO_BIND: Final = ("VLLM_CPU_NUM_OF_RESERVED_CPU", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
 
 
 def measure(repeats: int) -> list[Line]:
@@ -60,17 +62,31 @@ def measure_prefix() -> list[str]:
     ]
 
 
+def measure_binding(repeats: int) -> Line:
+    """The binding's line."""
+    variables = {name: value for name, value in environment(allocator=False).items() if not name.endswith("_NUM_THREADS")}
+    auto, bound = (run_arm(MODULE, arm, {"repeats": repeats}, variables) for arm in ("auto", "bound"))
+    same = auto["texts"] == bound["texts"]
+    guard = f"{'the same' if same else 'NOT the same'} {len(bound['texts'])} greedy texts"
+    notes = (f"{AT_ONCE} prompts at once, {bound['tokens']} tokens",)
+    return Line("engine on all cores, vLLM's own binding", "auto", seconds([auto], "took_s"), seconds([bound], "took_s"), guard, same, notes)
+
+
 def _prompts(count: int) -> list[Prompt]:
     return [Prompt(str(row["id"]), (Message("user", row["prompt"]),)) for row in chat.rows("train")[:count]]
 
 
-async def _started(cached: bool = True) -> tuple[VllmEngine, PromptBook]:
+async def _started(cached: bool = True, bound: bool = True) -> tuple[VllmEngine, PromptBook]:
     book = PromptBook(load_tokenizer(embedded_model_dir()))
     kwargs = {} if cached else {"enable_prefix_caching": False}
     spec = EngineSpec(
         str(embedded_model_dir()), max_num_seqs=AT_ONCE, log_level="WARNING", stop_token_ids=(book.eos_id,), engine_kwargs=kwargs
     )  # fmt: skip
     os.environ.update(engine_environment(spec))
+    if not bound:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "auto"
+        for name in OURS_TO_BIND:
+            del os.environ[name]
     engine = VllmEngine(spec)
     await asyncio.wait_for(engine.start(), DEADLINE_S)
     engine._version = 0  # as if it had proved the weights that it was started with
@@ -129,6 +145,25 @@ async def _with_worker(engine: VllmEngine, book: PromptBook) -> tuple[int, int]:
         return stats.generated_tokens, stats.pairs + stats.refusals
 
 
+# ---- the binding ----------------------------------------------------------------------------------------------------------------------
+
+
+async def run_binding(repeats: int, bound: bool) -> dict[str, Any]:
+    """Greedy answers to ``AT_ONCE`` prompts at once, after one turn to warm up."""
+    engine, book = await _started(bound=bound)
+    found: dict[str, Any] = {"took_s": []}
+    try:
+        for turn in range(repeats + 1):
+            began = time.perf_counter()
+            asked = [GenerateRequest(f"{turn}-{n}", book.policy_ids(prompt), GREEDY, 0) for n, prompt in enumerate(_prompts(AT_ONCE))]
+            answers = await asyncio.wait_for(asyncio.gather(*map(engine.generate, asked)), DEADLINE_S)
+            if turn:
+                found["took_s"].append(time.perf_counter() - began)
+    finally:
+        await engine.stop()
+    return {**found, "texts": [one.text for one in answers], "tokens": sum(len(one.token_ids) for one in answers)}
+
+
 # ---- the prefix cache -----------------------------------------------------------------------------------------------------------------
 
 
@@ -159,10 +194,15 @@ async def _counted(engine: VllmEngine, counts: dict[str, int], name: str, ids: t
 def main() -> None:
     """One arm, as a child of ``measure`` and ``measure_prefix``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arm", choices=["worker", "cached", "uncached"], required=True)
+    parser.add_argument("--arm", choices=["worker", "cached", "uncached", "auto", "bound"], required=True)
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
-    work = run_worker(options.repeats) if options.arm == "worker" else run_prefix(options.arm == "cached")
+    if options.arm == "worker":
+        work = run_worker(options.repeats)
+    elif options.arm in ("auto", "bound"):
+        work = run_binding(options.repeats, options.arm == "bound")
+    else:
+        work = run_prefix(options.arm == "cached")
     answer(options.arm, **asyncio.run(work))
 
 

@@ -20,6 +20,7 @@ from bench.quality.one_process import pin
 from bench.quality.runner import Place, run_arms
 from bench.quality.table import keep, kept, table
 from bench.quality.tasks import Task, find_task
+from learner.group import ALLOCATOR
 from sgpo_dist.errors import SgpoError
 
 METRIC = {"orders": "sampled", "chat": "greedy", "language": "sampled", "language-noisy": "sampled"}
@@ -86,7 +87,8 @@ def _names(wanted: str | None, task: Task, parser: argparse.ArgumentParser) -> l
 
 def _share(arguments: list[str], cores: str | None) -> int:
     chosen = [int(core) for core in cores.split(",")] if cores else sorted(os.sched_getaffinity(0))
-    runners = [subprocess.Popen([sys.executable, "-m", "bench.quality", *arguments, "--core", str(core)]) for core in chosen]
+    variables = os.environ | ALLOCATOR  # a runner's process is its learner too
+    runners = [subprocess.Popen([sys.executable, "-m", "bench.quality", *arguments, "--core", str(core)], env=variables) for core in chosen]
     return max(runner.wait() for runner in runners)
 
 
