@@ -490,11 +490,8 @@ class RayFleet:
         del self._rebuilds[member.index]
         self._live[member.index] = member
         self._was_live = True
-        self._in_background(self._attempt(member, self._wait), self._waits)
+        self._in_background(self._attempt(member, lambda one: one.worker.wait()), self._waits)
         await self._attempt(member, self._hand_task)
-
-    async def _wait(self, member: _Member) -> None:
-        await member.worker.wait()
 
     def _worth_another(self, problem: SgpoError) -> bool:
         """Whether a start that failed may succeed next time. What this machine lacks from the beginning, it will lack again.
