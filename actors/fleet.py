@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import psutil
 import ray
 
+from actors.carrier import Carrier, LocalCopy, Payload
 from actors.draft_pointer import Frame
 from actors.handles import NoAnswer, NodeLost, NoRoom, RemoteBuffer, Unavailable, WeightClient, call
 from actors.nodes import HeadLost, NodeRecord, NodeView, RayNodes, away_from, look_at_ray, one_machine
@@ -558,6 +559,7 @@ class RayLauncher:
     spec: FleetSpec
     buffer: Any
     actor: type = field(default_factory=lambda: RolloutActor)
+    carrier: Carrier = field(default_factory=Carrier)
 
     def __call__(self, worker_id: str, index: int, count: int, avoid: tuple[str, ...]) -> RayWorker:
         """An actor; Ray places it when its resources are free, which the start's deadline bounds."""
@@ -567,7 +569,7 @@ class RayLauncher:
             .options(**size, max_restarts=0, max_task_retries=0, max_concurrency=1000)
             .remote(WorkerSpec(self.spec, worker_id, index, count), RemoteBuffer(self.buffer))
         )
-        return RayWorker(worker_id, handle, self.spec)
+        return RayWorker(worker_id, handle, self.spec, self.carrier)
 
 
 @dataclass(slots=True)
@@ -577,8 +579,10 @@ class RayWorker:
     worker_id: str
     handle: Any
     spec: FleetSpec
+    carrier: Carrier
     processes: tuple[tuple[int, float], ...] = field(default=())
     node: str = ""
+    held: str = ""
 
     async def start(self) -> None:
         """``start_timeout_s`` for a place on a node, and again for the engine."""
@@ -601,8 +605,10 @@ class RayWorker:
         await self._call("end", STEADY_S)
 
     async def receive(self, bundle: WeightBundle) -> WeightProof:
-        """Within ``receive_timeout_s``."""
-        proof: WeightProof = await self._call("receive", self.spec.receive_timeout_s, bundle)
+        """Within ``receive_timeout_s``. To a worker on another node than the version's file the bytes go along."""
+        along = (self.carrier.payload(bundle, self.held),) if bundle.uri and bundle.node_id != self.node else ()
+        proof: WeightProof = await self._call("receive", self.spec.receive_timeout_s, bundle, *along)
+        self.held = bundle.uri
         return proof
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
@@ -662,6 +668,7 @@ class RolloutActor:
     def __init__(self, spec: WorkerSpec, buffer: RemoteBuffer) -> None:
         self._spec = spec
         self._buffer = buffer
+        self._copy: LocalCopy | None = None
 
     def _assemble(self) -> None:
         spec = self._spec
@@ -704,8 +711,11 @@ class RolloutActor:
         """See RolloutWorker."""
         await self._worker.end()
 
-    async def receive(self, bundle: WeightBundle) -> WeightProof:
-        """See RolloutWorker."""
+    async def receive(self, bundle: WeightBundle, payload: Payload | None = None) -> WeightProof:
+        """See RolloutWorker. ``payload`` brings the bytes to a node that does not have the file."""
+        if payload is not None:
+            self._copy = self._copy or LocalCopy(self._spec.worker_id)
+            bundle = await asyncio.to_thread(self._copy.take, bundle, payload)
         return await self._worker.receive(bundle)
 
     async def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -739,6 +749,8 @@ class RolloutActor:
     async def stop(self) -> None:
         """See RolloutWorker."""
         await self._worker.stop()
+        if self._copy is not None:
+            self._copy.close()
 
 
 def gated_outcome(

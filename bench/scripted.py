@@ -19,7 +19,7 @@ from sgpo_dist.config import PairGateConfig
 from sgpo_dist.cost_model import EngineRates, Rates, Workload
 from sgpo_dist.pair_gate import make_outcome
 from sgpo_dist.records import Completion, FinishReason, Outcome, PreferencePair, Prompt
-from sgpo_dist.roles import Buffer, GenerateRequest, GenerationTask, LearnerStage, Lease, Metrics, Sampling
+from sgpo_dist.roles import Buffer, GenerateRequest, GenerationTask, LearnerStage, Lease, Metrics, Sampling, WorkerStats
 from sgpo_dist.weights.version import ProbeRow, WeightBundle, WeightProof
 
 WORDS: Final = ("tea", "coffee", "water", "milk", "juice", "wine", "beer", "cider")
@@ -175,6 +175,10 @@ class ScriptedFleet:
     """``roles.Fleet`` of real RolloutWorkers in this process."""
 
     workers: list[RolloutWorker]
+
+    async def stats(self) -> list[WorkerStats]:
+        """Nobody asks for heartbeats here."""
+        return []
 
     async def begin(self, task: GenerationTask) -> None:
         """All at once."""

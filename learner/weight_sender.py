@@ -7,13 +7,9 @@ is built. Leaves out: proving (the probe log-probs are the learner's), receiving
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import mmap
 import os
-import shutil
-import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -27,11 +23,9 @@ from learner.deepspeed_engine import TrainingEngine
 from learner.model import DTYPES, layer_groups, named_weights
 from sgpo_dist.errors import ConfigError, EnvironmentProblem, RunFailed
 from sgpo_dist.weights.checksum import WeightDigest
+from sgpo_dist.weights.files import PREFIX, open_locked, places, remove_left_overs, room_for
 
-SHARED_MEMORY: Final = Path("/dev/shm")  # noqa: S108 the machine's shared memory is the place meant
-PREFIX: Final = "sgpo-weights"
 TAGS: Final = {torch.float32: "F32", torch.bfloat16: "BF16"}
-HEADROOM: Final = 1.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +109,10 @@ class SharedMemorySender:
     def __init__(self, nonce: str, is_writer: bool, directory: Path | None = None) -> None:
         self._nonce = nonce
         self._is_writer = is_writer
-        self._directory = directory
+        self._places = places() if directory is None else [directory]
         self._files: dict[int, tuple[Path, BinaryIO]] = {}
         if is_writer:
-            for place in self._places():
+            for place in self._places:
                 remove_left_overs(place)
 
     def send(self, version: int, source: WeightSource) -> Sent:
@@ -131,9 +125,9 @@ class SharedMemorySender:
         tensors = source.metadata()
         header = _header(tensors)
         size = len(header) + sum(tensor.num_bytes for tensor in tensors)
-        path = self._room_for(size) / f"{PREFIX}-{self._nonce}-v{version}-{os.getpid()}.safetensors"
+        path = room_for(size, self._places) / f"{PREFIX}-{self._nonce}-v{version}-{os.getpid()}.safetensors"
         draft = path.with_suffix(".tmp")
-        file = _open_locked(draft)
+        file = open_locked(draft)
         try:
             checksum = _fill(file, header, size, tensors, source)
         except OSError as problem:
@@ -155,18 +149,6 @@ class SharedMemorySender:
         """Remove all files."""
         for version in list(self._files):
             self.retire(version)
-
-    def _places(self) -> list[Path]:
-        if self._directory is not None:
-            return [self._directory]
-        return [place for place in (SHARED_MEMORY, Path(tempfile.gettempdir())) if place.is_dir()]
-
-    def _room_for(self, size: int) -> Path:
-        for place in self._places():
-            if shutil.disk_usage(place).free > size * HEADROOM:
-                return place
-        places = " or ".join(map(str, self._places()))
-        raise EnvironmentProblem(f"no room for {size / 2**20:.0f} MiB of weights in {places}; free some there")
 
 
 class DeviceSender:
@@ -225,24 +207,6 @@ def wire_dtype(model_dtype: str, engine_dtype: str) -> torch.dtype:
     if engine_dtype not in DTYPES:
         raise ConfigError(f"engine type '{engine_dtype}' is none of {', '.join(DTYPES)}")
     return min(DTYPES[model_dtype], DTYPES[engine_dtype], key=lambda dtype: dtype.itemsize)
-
-
-def remove_left_overs(directory: Path) -> None:
-    """Unlink our files whose writer is gone: the lock of a live one cannot be taken, in whatever container it runs."""
-    for path in directory.glob(f"{PREFIX}-*"):
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
-
-
-def _open_locked(path: Path) -> BinaryIO:
-    """A new file that is ours: a cleaner that came between creation and lock has unlinked it, so it is made again."""
-    while True:
-        file = path.open("w+b")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if os.fstat(file.fileno()).st_nlink:
-            return file
-        file.close()
 
 
 def _trainer_engine(transport: str, rank: int, source: WeightSource, link: DeviceLink) -> Any:

@@ -1,8 +1,8 @@
 """How healthy the improver and the policy are in the preference stage, and the brakes that see a collapse coming.
 
-Called by the story once a step: ``pair_health`` of the step's pairs, ``refusal_health`` of what the buffer counted since the last step, and
-``Brakes.observe`` of all the step's metrics. Needs no reference answer, no model and no judge. Left out: the held-out win rate (evaluate),
-what a brake does then (story), how people see it (report).
+Called by the story once a step: ``pair_health`` of the step's pairs, ``refusal_health`` of what the buffer counted since the last step,
+``Idleness`` of the workers, and ``Brakes.observe`` of all the step's metrics. Needs no reference answer, no model and no judge. Left out: the
+held-out win rate (evaluate), what a brake does then (story), how people see it (report).
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from statistics import fmean
 from typing import Final
 
 from sgpo_dist.config import BrakesConfig
+from sgpo_dist.recorder import WORKER_IDLE
 from sgpo_dist.records import FinishReason, PreferencePair, RefusalReason
-from sgpo_dist.roles import BufferCounts
+from sgpo_dist.roles import BufferCounts, WorkerStats
 from sgpo_dist.textual import edit_ratio, length_ratio, plain_words, repetition
 
 RESPONSE_LENGTH: Final = "completions/response_length"
 REPETITION: Final = "completions/repetition"
 WIN_RATE: Final = "improver/win_rate"
+IDLE_WINDOW_S: Final = 10.0
 
 COPIES: Final = (RefusalReason.IDENTICAL, RefusalReason.NEAR_COPY)
 
@@ -127,6 +129,26 @@ SAYINGS: Final[Mapping[str, str]] = {
     "min_improver_win_rate": "the share of held-out drafts that the improver betters is {:.3g}",
 }
 """Limit in preference.brakes -> how to say what was measured. The value of a limit is still allowed."""
+
+
+class Idleness:
+    """Share of their time in which the workers had no prompt, over the last ``IDLE_WINDOW_S`` or longer: heartbeats bring it."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._idle: Mapping[str, float] = {}
+        self._share: dict[str, float] = {}
+
+    def observe(self, stats: Sequence[WorkerStats], now: float) -> dict[str, float]:
+        """``now`` in monotonic seconds. Empty until the first window is over; a worker counts that was there at both its ends."""
+        if self._began is not None and now - self._began < IDLE_WINDOW_S:
+            return self._share
+        idle = {row.worker_id: row.idle_s for row in stats}
+        grown = [idle[worker] - self._idle[worker] for worker in idle.keys() & self._idle.keys()]
+        if self._began is not None and grown:
+            self._share = {WORKER_IDLE: min(1.0, fmean(grown) / (now - self._began))}
+        self._began, self._idle = now, idle
+        return self._share
 
 
 class Brakes:

@@ -15,7 +15,7 @@ from sgpo_dist.config import PreferenceConfig
 from sgpo_dist.curriculum import edit_fences, given_pairs, improver_examples, kept_examples, offline_batch
 from sgpo_dist.errors import DataError, StoppedOnRequest
 from sgpo_dist.evaluate.heldout import improver_check
-from sgpo_dist.health import Brakes, pair_health, refusal_health
+from sgpo_dist.health import Brakes, Idleness, pair_health, refusal_health
 from sgpo_dist.quarantine import is_skipped, keep_count
 from sgpo_dist.recorder import read_metrics
 from sgpo_dist.records import PreferencePair, Stage, TokenExample
@@ -190,6 +190,7 @@ class Watch:
         self._run = run
         self._brakes = Brakes(settings.brakes, settings.beta, reference_free=settings.loss_type == "simpo")
         self._counts: BufferCounts | None = None
+        self._idleness = Idleness()
         for row in read_metrics(run.directory / "metrics.jsonl"):
             if row.stage == Stage.PREFERENCE and row.step <= run.progress.step and not is_skipped(row.metrics):
                 self._brakes.observe(row.metrics)
@@ -202,6 +203,7 @@ class Watch:
             counts = await self._run.buffer.counts(Stage.PREFERENCE)
             metrics |= refusal_health(self._counts, counts)
             self._counts = counts
+            metrics |= self._idleness.observe(await self._run.fleet.stats(), time.monotonic())
         if settings.health_steps and self._run.progress.step % settings.health_steps == 0 and not self._run.stop.reason:
             metrics |= await self._check_improver()
         return None if is_skipped(metrics) else self._brakes.observe(metrics)

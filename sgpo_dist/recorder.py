@@ -43,8 +43,15 @@ SHOWN_METRICS: Final = {
 }
 """Metric name -> field of the display's Status."""
 
-WAIT_METRICS: Final = {"time/wait_for_batch": "learner waits for pairs", "time/publish": "all wait for the weights"}
-"""Seconds a step spent waiting -> how to say it."""
+PAIRS_AWAITED, WEIGHTS_AWAITED, WORKER_IDLE = "time/wait_for_batch", "time/publish", "perf/worker_idle"
+WAIT_METRICS: Final = {
+    PAIRS_AWAITED: ("learner waits for pairs", "raise rollout.num_rollout_workers"),
+    WEIGHTS_AWAITED: ("all wait for the weights", "raise weights.weight_sync_interval"),
+    WORKER_IDLE: ("workers wait for the learner", "raise learner.num_ranks"),
+}
+"""Seconds of a step (of the workers: a share) spent waiting -> how to say it, and the one setting to change if it is the longest wait."""
+LOOSER: Final = "raise preference.max_staleness"
+"""What helps when learner and workers wait for each other: the workers may not run further ahead."""
 
 WORTH_SAYING: Final = 0.1
 LAST_TIME: Final = 1e11
@@ -191,11 +198,15 @@ class Recorder:
 
 
 def waits_line(values: Mapping[str, float], elapsed: float | None) -> str:
-    """Who waited for whom in a step of ``elapsed`` seconds, as shares; empty when nobody waited for a tenth of it."""
+    """Who waited for whom in a step of ``elapsed`` seconds, as shares, and what to change; empty when nobody waited for a tenth of it."""
     if not elapsed:
         return ""
-    shares = [(values.get(name, 0.0) / elapsed, words) for name, words in WAIT_METRICS.items()]
-    return ", ".join(f"{words} {min(share, 1.0):.0%}" for share, words in sorted(shares, reverse=True) if share >= WORTH_SAYING)
+    shares = {name: values.get(name, 0.0) / (1.0 if name == WORKER_IDLE else elapsed) for name in WAIT_METRICS}
+    waiting = sorted((name for name in shares if shares[name] >= WORTH_SAYING), key=lambda name: -shares[name])
+    if not waiting:
+        return ""
+    remedy = LOOSER if waiting[0] != WEIGHTS_AWAITED and {PAIRS_AWAITED, WORKER_IDLE} <= set(waiting) else WAIT_METRICS[waiting[0]][1]
+    return f"{', '.join(f'{WAIT_METRICS[name][0]} {min(shares[name], 1.0):.0%}' for name in waiting)}: {remedy}"
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from sgpo_dist.data.loading import Corpus
 from sgpo_dist.errors import RunFailed, SgpoError, WorkerFault
 from sgpo_dist.records import Completion, FinishReason, Message, PreferencePair, Prompt, Stage
 from sgpo_dist.recovery import LEARNER, version_to_go_on_with
-from sgpo_dist.roles import GenerationTask, LearnerStage
+from sgpo_dist.roles import GenerationTask, LearnerStage, WorkerStats
 from sgpo_dist.run import FINISHED, Progress, Run
 from sgpo_dist.story import train
 from sgpo_dist.weights.version import WeightBundle, WeightProof
@@ -132,6 +132,9 @@ class FakeFleet:
         self.versions.append(bundle.version)
         self.weights = bundle.checksum
         return [WeightProof(WORKER, bundle.version, bundle.checksum, ((-1.0,),), 0.0, 0.0)]
+
+    async def stats(self) -> list[WorkerStats]:
+        return []
 
     async def begin(self, task: GenerationTask) -> None:
         if task is self.task:

@@ -95,7 +95,8 @@ async def story(folder: Path) -> dict[str, object]:
         expected = transformers_logps(model, probes[0])
         file = model / "model.safetensors"
         checksum = checksum_safetensors(str(file))
-        bundles = [WeightBundle(version, "shm", str(file), "node", checksum, 0, (), (expected,)) for version in range(2)]
+        here = ray.get_runtime_context().get_node_id()
+        bundles = [WeightBundle(version, "shm", str(file), here, checksum, 0, (), (expected,)) for version in range(2)]
         proofs = [await fleet.publish(bundles[0])]
         how = Sampling(0.9, 1.0, 0, 16)
         task = GenerationTask(Stage.PREFERENCE, incarnation, how, how, {"default": "improver"})

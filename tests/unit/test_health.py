@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from sgpo_dist.config import BrakesConfig
-from sgpo_dist.health import Brakes, language_of, pair_health, refusal_health, switches_language
+from sgpo_dist.health import IDLE_WINDOW_S, Brakes, Idleness, language_of, pair_health, refusal_health, switches_language
 from sgpo_dist.records import Completion, FinishReason, Message, PreferencePair, Prompt, Stage
-from sgpo_dist.roles import BufferCounts
+from sgpo_dist.roles import BufferCounts, WorkerStats
 
 ENGLISH = "This is the answer that you asked for, and it was easy."
 GERMAN = "Das ist die Antwort, und sie war nicht schwer für eine Maschine."
@@ -106,6 +106,20 @@ def test_the_metrics_page_explains_every_name() -> None:
 
 
 # ---- brakes --------------------------------------------------------------------------------------------------------------------------
+
+
+def idle(**seconds: float) -> list[WorkerStats]:
+    return [WorkerStats(worker, 0, 0, 0, 0, 0, idle_s, 0) for worker, idle_s in seconds.items()]
+
+
+def test_idleness_is_of_a_whole_window_and_of_workers_that_were_there_all_the_time() -> None:
+    seen = Idleness()
+    assert seen.observe(idle(a=100.0, b=0.0), 0.0) == {}
+    assert seen.observe(idle(a=101.0, b=1.0), IDLE_WINDOW_S / 2) == {}
+    assert seen.observe(idle(a=101.0, b=9.0, new=500.0), IDLE_WINDOW_S) == {"perf/worker_idle": pytest.approx(10 / 2 / IDLE_WINDOW_S)}
+    assert seen.observe(idle(a=140.0, b=40.0), 1.5 * IDLE_WINDOW_S) == {"perf/worker_idle": pytest.approx(10 / 2 / IDLE_WINDOW_S)}
+    assert seen.observe(idle(a=140.0, b=40.0), 2 * IDLE_WINDOW_S) == {"perf/worker_idle": 1.0}  # a heartbeat that came late
+    assert seen.observe(idle(other=3.0), 3 * IDLE_WINDOW_S) == {"perf/worker_idle": 1.0}  # nobody to compare: the last that is known
 
 
 def observed(*steps: dict[str, float], beta: float = 0.1, reference_free: bool = False, **limits: float) -> list[str | None]:

@@ -127,7 +127,7 @@ def test_the_picture_follows_steps_and_status(tmp_path: Path) -> None:
     last = screen.steps[-1]
     assert (last.stage, last.step, last.total, last.loss, last.accuracy, last.version) == ("preference", 2, 10, 0.5, 0.5, 3)
     assert last.gate == {"identical": 2}
-    assert last.waits == "learner waits for pairs 75%"
+    assert last.waits == "learner waits for pairs 75%: raise rollout.num_rollout_workers"
     assert last.eta_s == 32.0  # 8 steps of 4 s
 
 
@@ -147,12 +147,26 @@ def test_an_unknown_status_field_is_an_error(tmp_path: Path) -> None:
     made.close()
 
 
-def test_waits_line_names_the_longest_wait_first() -> None:
-    assert (
-        waits_line({"time/wait_for_batch": 1.0, "time/publish": 6.0}, 10.0) == "all wait for the weights 60%, learner waits for pairs 10%"
-    )
-    assert waits_line({"time/wait_for_batch": 0.5}, 10.0) == ""
-    assert waits_line({}, None) == ""
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"time/wait_for_batch": 3.0}, "learner waits for pairs 30%: raise rollout.num_rollout_workers"),
+        (
+            {"time/wait_for_batch": 1.0, "time/publish": 6.0},
+            "all wait for the weights 60%, learner waits for pairs 10%: raise weights.weight_sync_interval",
+        ),
+        ({"perf/worker_idle": 0.4}, "workers wait for the learner 40%: raise learner.num_ranks"),
+        (
+            {"time/wait_for_batch": 3.0, "perf/worker_idle": 0.5},
+            "workers wait for the learner 50%, learner waits for pairs 30%: raise preference.max_staleness",
+        ),
+        ({"time/wait_for_batch": 0.5, "perf/worker_idle": 0.05}, ""),
+        ({}, ""),
+    ],
+)
+def test_waits_line_names_the_longest_wait_first_and_the_setting_that_helps(values: dict[str, float], line: str) -> None:
+    assert waits_line(values, 10.0) == line
+    assert waits_line(values, None) == ""
 
 
 def console() -> tuple[Console, io.StringIO]:
@@ -274,9 +288,7 @@ def test_tensorboard_files_hold_the_scalars(tmp_path: Path) -> None:
         tracker.log("preference", 4, {"rewards/margins": 0.25}, wall=9.0)
         tracker.close()
     (path,) = directory.tensorboard.iterdir()
-    found = [
-        (event.step, value.tag, value.tensor.float_val[0]) for event in EventFileLoader(str(path)).Load() for value in event.summary.value
-    ]
+    found = [(event.step, value.tag, value.tensor.float_val[0]) for event in EventFileLoader(str(path)).Load() for value in event.summary.value]
     assert found == [(4, "preference/rewards/margins", 0.25)]
 
 
