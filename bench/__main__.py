@@ -16,13 +16,13 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-from bench import buffer, dpo_step, loop, scale, speculation, weight_sync, worker
+from bench import buffer, dpo_step, loop, scale, speculation, weight_delta, weight_sync, worker
 from bench.machine import Line, facts
 from sgpo_dist.data.embedded_model import embedded_model_dir
 
 RESULTS: Final = Path(__file__).parent / "RESULTS.md"
 HEADER: Final = "| what | baseline s | ours s | ratio (median) | ratio (worst) | guard |\n| --- | --- | --- | --- | --- | --- |"
-PARTS: Final = ("dpo", "shared", "binding", "sync", "loop", "speculation", "worker", "prefix", "gpu", "scale", "buffer")
+PARTS: Final = ("dpo", "shared", "binding", "sync", "delta", "loop", "speculation", "worker", "prefix", "gpu", "scale", "buffer")
 
 
 def main() -> int:
@@ -53,13 +53,14 @@ def _measure(parts: list[str], quick: bool, rounds: int, same_allocator: bool) -
         "dpo": lambda: dpo_step.measure(steps, rounds, same_allocator),
         "shared": lambda: [dpo_step.measure_shared(steps, rounds)],
         "binding": lambda: [worker.measure_binding(steps)],
-        "sync": lambda: [weight_sync.measure(repeats=1 if quick else 3, restarts=1 if quick else 2)],
-        "loop": lambda: [loop.measure(rounds)],
+        "sync": lambda: weight_sync.measure(repeats=1 if quick else 3, restarts=1 if quick else 2),
+        "loop": lambda: loop.measure(rounds),
         "speculation": lambda: [line for heat in (0.0, speculation.WARM) for line in speculation.measure(heat, steps)],
         "worker": lambda: worker.measure(steps),
     }
     remarked: dict[str, Callable[[], list[str]]] = {
         "gpu": lambda: dpo_step.measure_gpu(steps),
+        "delta": weight_delta.measure,
         "prefix": worker.measure_prefix,
         "scale": lambda: scale.measure(quick),
         "buffer": lambda: buffer.measure(quick),

@@ -157,7 +157,7 @@ def _completion(book: PromptBook, text: str) -> Completion:
 
 def run_ours(pairs: Sequence[PreferencePair], timed_steps: int, dtype: str, gpu: bool) -> dict[str, Any]:
     """One warm-up step, ``timed_steps`` with pairs not seen before, and as many with pairs whose reference log-probs are known."""
-    rank = _make_rank(dtype, gpu, total_steps=1 + 2 * timed_steps)
+    rank = make_rank(dtype, gpu, total_steps=1 + 2 * timed_steps)
     norms = []
     fresh: list[tuple[float, float]] = []
     known: list[tuple[float, float]] = []
@@ -194,7 +194,7 @@ def _timed_step(rank: Any, step: int, pairs: Sequence[PreferencePair], gpu: bool
 
 def run_logps(pairs: Sequence[PreferencePair], dtype: str, gpu: bool) -> dict[str, Any]:
     """Summed log-probs of both texts of every pair under the untrained model."""
-    rank = _make_rank(dtype, gpu, total_steps=1)
+    rank = make_rank(dtype, gpu, total_steps=1)
     halves = [(pair, half) for pair in pairs for half in (pair.chosen, pair.rejected)]
     rows = [TokenExample(f"{pair.uid}-{number}", pair.prompt_ids, half.token_ids) for number, (pair, half) in enumerate(halves)]
     logps = rank.logps(rows)
@@ -211,7 +211,8 @@ def _compute_all_twice() -> None:
     module.pair_row = lambda pair: Row(len(pair.prompt_ids), pair.prompt_ids, (pair.chosen.token_ids, pair.rejected.token_ids))
 
 
-def _make_rank(dtype: str, gpu: bool, total_steps: int) -> Any:
+def make_rank(dtype: str, gpu: bool, total_steps: int, learning_rate: float = LEARNING_RATE) -> Any:
+    """A learner of one rank with the embedded model, at the start of a preference stage."""
     from learner.learner import LearnerRank, RankSpec
 
     model = ModelConfig.model_validate({"dtype": dtype})
@@ -219,7 +220,7 @@ def _make_rank(dtype: str, gpu: bool, total_steps: int) -> Any:
     settings = LearnerConfig.model_validate({"gpus_per_rank": float(gpu), "beta2": 0.999, "max_tokens_per_micro_batch": budget})
     rank = LearnerRank(RankSpec(0, 1, model, settings, "shm", dtype, (), "bench", 0, str(default_cache_root()), THREADS))
     rank.connect("127.0.0.1", _free_port())
-    plan = OptimiserPlan(LEARNING_RATE, total_steps, warmup_ratio=0.0, schedule="constant", beta2=0.999)
+    plan = OptimiserPlan(learning_rate, total_steps, warmup_ratio=0.0, schedule="constant", beta2=0.999)
     model_dir = str(embedded_model_dir())
     rank.begin_stage(LearnerStage(Stage.PREFERENCE, model_dir, plan, LossPlan(beta=BETA), model_dir))
     return rank

@@ -1,10 +1,12 @@
-"""The whole loop: seconds to make and train on 16 pairs, ours against the loop that a weekend project would write.
+"""The whole loop: seconds to make and train on 64 pairs in four steps, ours against two loops that others would write.
 
-``naive``: transformers answers 16 chat prompts and rewrites the answers (batches of 8), TRL's tuned DPOTrainer takes two steps of 8 pairs,
+``naive``: transformers answers 64 chat prompts and rewrites the answers (batches of 16), TRL's tuned DPOTrainer takes four steps of 16 pairs,
 the model is saved and loaded again. Counted from the first generation to the reloaded model; loading at the start is not.
-``ours``: a run of the preference stage alone, two steps of 8 pairs. Counted from version 0 on all workers, which is when the first prompt is
-leased, to the last version on all workers; starting Ray, engine and learner is not, and neither is the export at the end. Guard: finite
-losses and the same number of pairs trained. Called by ``python -m bench``; also run as a child of itself.
+``sgpo``: a run of the preference stage alone, four steps of 16 pairs, one publication after them. ``online``: TRL's OnlineDPOTrainer, which
+answers every prompt twice with the newest model and lets a stub (the longer answer) choose; ``judged``: our run with two answers a prompt, the
+same stub, and a version after each step. Our runs are counted from version 0 on all workers, which is when the first prompt is leased, to the
+last version on all workers; starting Ray, engine and learner is not, and neither is the export at the end. Guard: finite losses and the same
+number of pairs trained. Called by ``python -m bench``; also run as a child of itself.
 """
 
 from __future__ import annotations
@@ -26,33 +28,34 @@ from sgpo_dist.records import Message, Prompt
 from sgpo_dist.starter import chat
 
 MODULE: Final = "bench.loop"
-STEPS: Final = 2
-BATCH: Final = 8
+STEPS: Final = 4
+BATCH: Final = 16
 PAIRS: Final = STEPS * BATCH
-SPARE_PROMPTS: Final = 64
+SPARE_PROMPTS: Final = 160
 """Prompts of our run: its gate refuses some pairs, and every refusal's time counts against us."""
 NEW_TOKENS: Final = 32
 TOP_P: Final = 0.95
 TEMPERATURES: Final = {"policy": 0.8, "improver": 0.7}
 
 
-def measure(rounds: int) -> Line:
-    """The ratio of seconds for the same number of pairs, which is the ratio of pairs an hour."""
-    naive, ours = [], []
+def measure(rounds: int) -> list[Line]:
+    """Both ratios of seconds for the same number of pairs, which are the ratios of pairs an hour."""
+    found: dict[str, list[dict[str, Any]]] = {"naive": [], "sgpo": [], "online": [], "judged": []}
     for _ in range(rounds):
-        naive.append(run_arm(MODULE, "naive", {}, environment(allocator=False)))
-        ours.append(run_arm(MODULE, "ours", {}, environment(allocator=False)))
-    runs = [*naive, *ours]
+        for arm, answers in found.items():
+            answers.append(run_arm(MODULE, arm, {}, environment(allocator=False)))
+    return [_line("naive loop", found["naive"], found["sgpo"]), _line("TRL's OnlineDPO", found["online"], found["judged"])]
+
+
+def _line(name: str, theirs: Sequence[dict[str, Any]], ours: Sequence[dict[str, Any]]) -> Line:
+    runs = [*theirs, *ours]
     finite = all(math.isfinite(loss) for run in runs for loss in run["losses"])
     pairs = sorted({run["pairs"] for run in runs})
     guard = f"losses {'finite' if finite else 'NOT finite'}; pairs trained an arm: {', '.join(map(str, pairs))}"
-    notes = (
-        f"pairs an hour: naive {_hourly(naive):.0f}, ours {_hourly(ours):.0f}",
-        f"naive loop: {_parts(naive[0]['parts'])}",
-        "counted: generation to reloaded model (naive), version 0 to last version proved on all workers (ours); starting up is in neither",
-    )
+    parts = [f"{whose}: {_parts(run['parts'])}" for whose, run in (("theirs", theirs[0]), ("ours", ours[0])) if run["parts"]]
+    notes = (f"pairs an hour: theirs {_hourly(theirs):.0f}, ours {_hourly(ours):.0f}", *parts)
     passed = finite and pairs == [PAIRS]
-    return Line("pairs an hour, naive loop", "naive loop", seconds(naive, "took_s"), seconds(ours, "took_s"), guard, passed, notes)
+    return Line(f"pairs an hour, {name}", name, seconds(theirs, "took_s"), seconds(ours, "took_s"), guard, passed, notes)
 
 
 def _hourly(runs: Sequence[dict[str, Any]]) -> float:
@@ -63,7 +66,7 @@ def _parts(parts: dict[str, float]) -> str:
     return ", ".join(f"{name} {took:.1f} s" for name, took in parts.items())
 
 
-# ---- the naive arm --------------------------------------------------------------------------------------------------------------------
+# ---- the others' arms ------------------------------------------------------------------------------------------------------------------
 
 
 def run_naive() -> dict[str, Any]:
@@ -117,11 +120,57 @@ def _generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], temp
     return texts
 
 
-# ---- our arm --------------------------------------------------------------------------------------------------------------------------
+def run_online() -> dict[str, Any]:
+    """TRL's OnlineDPOTrainer, tuned as its offline fellow, with transformers' generation: its vLLM mode needs CUDA."""
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    def longer(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
+        return [length(completion[0]["content"]) for completion in completions]
+
+    model: Any = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.bfloat16)
+    data = Dataset.from_list([{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in chat.rows("train")[:PAIRS]])
+    with tempfile.TemporaryDirectory(prefix="sgpo-bench-") as folder:
+        settings = OnlineDPOConfig(
+            output_dir=folder,
+            use_cpu=True,
+            bf16=True,
+            beta=[BETA],
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            optim="adamw_torch_fused",
+            gradient_checkpointing=False,
+            per_device_train_batch_size=BATCH,
+            max_steps=STEPS,
+            max_new_tokens=NEW_TOKENS,
+            temperature=TEMPERATURES["policy"],
+            top_p=TOP_P,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
+        trainer = OnlineDPOTrainer(model, reward_funcs=longer, args=settings, train_dataset=data, processing_class=tokenizer)
+        began = time.perf_counter()
+        trainer.train()
+        took = time.perf_counter() - began
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return {"took_s": [took], "pairs": BATCH * len(losses), "losses": losses, "parts": {}}
 
 
-def overrides(output_dir: str) -> list[str]:
-    """The run as dotted overrides: same prompts' set, sampling, beta, rate and batch as the naive loop."""
+def length(text: str, *_: object) -> float:
+    """The stub that judges in both arms of the second line: characters."""
+    return float(len(text))
+
+
+# ---- our arms -------------------------------------------------------------------------------------------------------------------------
+
+
+def overrides(output_dir: str, judged: bool) -> list[str]:
+    """The run as dotted overrides: same prompts' set, sampling, beta, rate and batch as the others' loops."""
     values: dict[str, object] = {
         "run_name": "bench",
         "output_dir": output_dir,
@@ -129,6 +178,7 @@ def overrides(output_dir: str) -> list[str]:
         "data.path": "chat",
         "data.max_prompts": SPARE_PROMPTS,
         "preference.total_steps": STEPS,
+        "weights.weight_sync_interval": 1 if judged else STEPS,
         "preference.beta": BETA,
         "preference.learning_rate": LEARNING_RATE,
         "preference.warmup_ratio": 0.0,
@@ -142,6 +192,8 @@ def overrides(output_dir: str) -> list[str]:
         "logging.report_to": "[]",
         "logging.level": "WARNING",
     }
+    if judged:
+        values |= {"preference.pairs": "judge", "preference.judge.kind": "scorer", "preference.judge.scorer": "bench.loop:length"}
     for role, temperature in TEMPERATURES.items():
         values |= {
             f"rollout.{role}.temperature": temperature,
@@ -151,19 +203,21 @@ def overrides(output_dir: str) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
-def run_ours() -> dict[str, Any]:
+def run_ours(judged: bool) -> dict[str, Any]:
     """A real run through the same door as a user's; its times are read from what it recorded."""
     from sgpo_dist import load_config, train
 
     with tempfile.TemporaryDirectory(prefix="sgpo-bench-") as folder:
-        config = load_config(None, overrides(folder), environment={})
+        config = load_config(None, overrides(folder, judged), environment={})
         train(config)
         published = [event for event in _lines(config.run_dir / "events.jsonl") if event["kind"] == "version_published"]
         steps = [row for row in _lines(config.run_dir / "metrics.jsonl") if row["stage"] == "preference"]
-    if not published or published[0]["version"] != 0 or published[-1]["version"] != STEPS:
-        raise RuntimeError(f"the run published versions {[event['version'] for event in published]}, not 0 to {STEPS}")
+    last = STEPS // config.weights.weight_sync_interval
+    if not published or (published[0]["version"], published[-1]["version"]) != (0, last):
+        raise RuntimeError(f"the run published versions {[event['version'] for event in published]}, not 0 to {last}")
     took = published[-1]["time"] - published[0]["time"]
-    return {"took_s": [took], "pairs": BATCH * len(steps), "losses": [float(row["loss"]) for row in steps]}
+    parts = {"steps": sum(row["time/step"] for row in steps), "publications": sum(event["total_s"] for event in published[1:])}
+    return {"took_s": [took], "pairs": BATCH * len(steps), "losses": [float(row["loss"]) for row in steps], "parts": parts}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -173,16 +227,16 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """One arm, as a child of ``measure``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arm", choices=["naive", "ours"], required=True)
+    parser.add_argument("--arm", choices=["naive", "online", "sgpo", "judged"], required=True)
     arm = parser.parse_args().arm
-    if arm == "naive":
+    if arm in ("naive", "online"):
         import torch
 
         torch.set_num_threads(THREADS)
-        answer(arm, **run_naive())
+        answer(arm, **(run_naive() if arm == "naive" else run_online()))
     else:
         embedded_model_dir()
-        answer(arm, **run_ours())
+        answer(arm, **run_ours(arm == "judged"))
 
 
 if __name__ == "__main__":
