@@ -28,11 +28,12 @@ from actors.draft_pointer import Frame
 from actors.handles import NoAnswer, NodeLost, NoRoom, RemoteBuffer, Unavailable, WeightClient, call
 from actors.nodes import HeadLost, NodeRecord, NodeView, RayNodes, away_from, look_at_ray, one_machine
 from actors.rollout import RolloutSettings, RolloutWorker, leave
+from actors.vllm_engine import ROLE as ENGINE
 from actors.vllm_engine import EngineSpec, VllmEngine, engine_environment
 from sgpo_dist.config import PairGateConfig
 from sgpo_dist.errors import EnvironmentProblem, RunFailed, SgpoError, WeightSyncError, WorkerFault
 from sgpo_dist.pair_gate import make_outcome
-from sgpo_dist.processes import kill_exactly, note_segments, remove_segments, telling_line
+from sgpo_dist.processes import kill_exactly, note_segments, one_ends, remove_segments, telling_line
 from sgpo_dist.prompts import PromptBook, load_tokenizer
 from sgpo_dist.records import Completion, Outcome
 from sgpo_dist.roles import Buffer, GenerateRequest, GenerationTask, Lease, WorkerStats
@@ -156,7 +157,7 @@ class Worker(Protocol):
         """Counters; also the sign of life."""
 
     async def wait(self) -> None:
-        """Never returns; raises as soon as the worker's process is known to have ended, long before a heartbeat would miss it."""
+        """Never returns; raises as soon as the worker's process or its engine's is known to have ended, long before a heartbeat would miss it."""
 
     async def stop(self) -> None:
         """End it in good order."""
@@ -621,7 +622,7 @@ class RayWorker:
         return stats
 
     async def wait(self) -> None:
-        """A call that the actor never answers: Ray fails it when the process ends. Bounded by the heartbeats beside it."""
+        """A call that fails when the actor's process ends (by Ray) or its engine's (by the actor). Bounded by the heartbeats beside it."""
         await self._call("wait", None)
 
     async def stop(self) -> None:
@@ -743,8 +744,9 @@ class RolloutActor:
         return await self._worker.heartbeat()
 
     async def wait(self) -> None:
-        """Until this process ends."""
-        await asyncio.Event().wait()
+        """Until this process ends, or raises WorkerFault when a process of the engine does."""
+        await one_ends(await self._engine.pids())
+        raise WorkerFault(ENGINE, "vLLM's engine process died")
 
     async def stop(self) -> None:
         """See RolloutWorker."""

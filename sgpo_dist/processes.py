@@ -7,6 +7,7 @@ a process of the run while that lived, is the same file still, and is mapped by 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -36,6 +37,23 @@ def kill_exactly(pid: int, created: float) -> None:
             os.kill(pid, signal.SIGKILL)
     except (psutil.NoSuchProcess, ProcessLookupError):
         return
+
+
+async def one_ends(pids: Iterable[int]) -> None:
+    """Returns as soon as one of the processes has ended, whoever's children they are; never when there are none."""
+    over, loop = asyncio.Event(), asyncio.get_running_loop()
+    handles: list[int] = []
+    try:
+        for pid in pids:
+            handles.append(os.pidfd_open(pid))
+            loop.add_reader(handles[-1], over.set)
+        await over.wait()
+    except ProcessLookupError:
+        return
+    finally:
+        for handle in handles:
+            loop.remove_reader(handle)
+            os.close(handle)
 
 
 def telling_line(log: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from sgpo_dist.processes import (
     mark_of,
     marked,
     note_segments,
+    one_ends,
     remove_segments,
     telling_line,
 )
@@ -137,6 +139,29 @@ def test_an_orphan_of_an_earlier_attempt_is_ended_and_a_child_of_ours_is_not() -
         child.kill()
     assert number != child.pid
     assert RUN_MARK not in os.environ
+
+
+def test_the_end_of_any_one_process_is_seen_at_once() -> None:
+    def sleeper() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+
+    async def story() -> None:
+        watch = asyncio.ensure_future(one_ends([process.pid for process in both]))
+        await asyncio.sleep(0.05)
+        assert not watch.done()
+        both[1].kill()
+        await asyncio.wait_for(watch, 5)
+        both[1].wait()
+        await asyncio.wait_for(one_ends([both[0].pid, both[1].pid]), 5)  # one that was gone before
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(one_ends([]), 0.05)
+
+    both = [sleeper(), sleeper()]
+    try:
+        asyncio.run(story())
+    finally:
+        both[0].kill()
+        both[0].wait()
 
 
 def test_the_telling_line_is_the_last_error_made_harmless() -> None:
