@@ -175,7 +175,6 @@ _CHAT_DPO = {
     "preference.pair_gate.max_length_ratio": 1.5,
 }
 _CHAT_WIDE = {"preference.learning_rate": 1e-5, "preference.epochs": 2, "preference.samples_per_prompt": 1}
-_CHAT_ORACLE = {"preference.pairs": "judge", "preference.judge.kind": "scorer", "preference.judge.scorer": "bench.quality.chat:similarity"}
 _CHAT_AGREEMENT = {"preference.agreement.draws": 2, "preference.agreement.margin": 2, "preference.agreement.vote": "similarity"}
 
 _CHAT = (
@@ -191,7 +190,6 @@ _CHAT = (
     Arm("dpo", "preference", "sft", _CHAT_DPO | _CHAT_WIDE | {"preference.pairs": "given", "preference.collect": "online"}),
     Arm("sgpo_direct", "preference", "direct", _CHAT_DPO, improver_role=True, optional=True),
     Arm("sgpo_close", "preference", "improver", _CHAT_DPO | _CLOSE | _KEPT, improver_role=True, optional=True),
-    Arm("online_dpo_oracle", "preference", "sft", _CHAT_DPO | _CHAT_ORACLE, optional=True),
 )
 
 # ---- the synthetic language --------------------------------------------------------------------------------------------------------
