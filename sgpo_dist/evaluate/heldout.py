@@ -68,9 +68,10 @@ def improver_verdict(rows: Sequence[EvalRow], gate: str, recorder: Recorder) -> 
 
     It passes when more rewrites are better than worse; ties count for neither. Raises RunFailed when ``gate`` is 'stop' and it does not.
     """
-    for row in rows:
-        if "improver_better" not in row.figures:  # held-out rows without references cannot be judged
-            continue
+    judged_rows = [row for row in rows if "improver_better" in row.figures]  # held-out rows without references cannot be judged
+    if not judged_rows and gate != "off":
+        recorder.message("improver gate: no held-out prompt has a reference to judge by (data.heldout_path, eval.enabled): going on unjudged")
+    for row in judged_rows:
         better, worse = row.figures["improver_better"], row.figures["improver_worse"]
         ties = max(0.0, 1.0 - better - worse)
         recorder.event("improver_gate", source=row.source, better=better, worse=worse, ties=ties, passed=better > worse)

@@ -287,6 +287,16 @@ def test_the_gate_passes_when_more_rewrites_are_better_than_worse() -> None:
     assert recorder.messages == []
 
 
+def test_a_gate_that_has_nothing_to_judge_says_so() -> None:
+    recorder = Recorder()
+    for gate in ("stop", "warn", "off"):
+        improver_verdict([EvalRow("improver", "bare", {"eos_share": 1.0}, 2)], gate, cast("Any", recorder))
+        improver_verdict([], gate, cast("Any", recorder))
+    assert len(recorder.messages) == 4
+    assert "going on unjudged" in recorder.messages[0]
+    assert recorder.events == []
+
+
 @pytest.mark.parametrize(("better", "worse"), [(0.25, 0.5), (0.25, 0.25), (0.0, 0.0)])
 def test_the_gate_stops_or_warns_with_the_figures_otherwise(better: float, worse: float) -> None:
     line = f"on held-out 'chat' the improver's rewrite is better in {better:.0%}, worse in {worse:.0%} and as good in {1 - better - worse:.0%} of 8"
