@@ -48,6 +48,10 @@ class Carrier:
             self._newest = (wanted, _READ.options(scheduling_strategy=beside).remote(*wanted))
         return self._newest[1]
 
+    def forget(self) -> None:
+        """Make the payload anew for whoever asks next: it may be what failed."""
+        self._newest = None
+
 
 def read_payload(uri: str, held: str) -> Payload:
     """The patch from the older file, where that is still there and the patch is worth it; else the whole file. Runs on the files' node."""

@@ -608,7 +608,11 @@ class RayWorker:
     async def receive(self, bundle: WeightBundle) -> WeightProof:
         """Within ``receive_timeout_s``. To a worker on another node than the version's file the bytes go along."""
         along = (self.carrier.payload(bundle, self.held),) if bundle.uri and bundle.node_id != self.node else ()
-        proof: WeightProof = await self._call("receive", self.spec.receive_timeout_s, bundle, *along)
+        try:
+            proof: WeightProof = await self._call("receive", self.spec.receive_timeout_s, bundle, *along)
+        except Exception:
+            self.carrier.forget()
+            raise
         self.held = bundle.uri
         return proof
 

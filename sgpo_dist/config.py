@@ -353,6 +353,7 @@ class EvalConfig(Section):
 
     enabled: bool = Field(True, description="Evaluate the initial model and each stage's result.")
     max_new_tokens: Positive = Field(96, description="Cap of held-out answers.")
+    temperature: float = Field(0.0, ge=0, description="Of held-out answers in both roles, by which the improver's gate judges too; 0 is greedy.")
     scorer: str | dict[str, str] = Field(
         "", description="'module:function' of (text, reference, prompt) -> float in [0, 1] that scores held-out answers; or one a data source."
     )

@@ -239,7 +239,3 @@ def sampling(settings: SamplingConfig) -> Sampling:
     """A configured sampling as the engines take it."""
     return Sampling(settings.temperature, settings.top_p, settings.top_k, settings.max_new_tokens)
 
-
-def greedy(max_new_tokens: int) -> Sampling:
-    """Deterministic decoding, for held-out figures."""
-    return Sampling(0.0, 1.0, 0, max_new_tokens)

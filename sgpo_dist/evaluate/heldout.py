@@ -1,8 +1,8 @@
 """Held-out figures of the model that is on the workers now, in both roles, kept side by side in evaluation.json.
 
-Called by the story at each stage's end, and between steps for the improver's check. Workers generate (greedy), the learner scores
-references; the figures themselves are ``evaluation``'s business. A model already in the file is not evaluated again, so a resumed run does
-not repeat it.
+Called by the story at each stage's end, and between steps for the improver's check. Workers generate (greedy, or at ``eval.temperature``),
+the learner scores references; the figures themselves are ``evaluation``'s business. A model already in the file is not evaluated again, so a
+resumed run does not repeat it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from sgpo_dist.evaluate.scoring import load_scorers
 from sgpo_dist.evaluate.text_metrics import mean
 from sgpo_dist.recorder import Recorder
 from sgpo_dist.records import Completion, Prompt, Role, TokenExample, sampling_seed
-from sgpo_dist.roles import GenerateRequest
-from sgpo_dist.run import Run, greedy
+from sgpo_dist.roles import GenerateRequest, Sampling
+from sgpo_dist.run import Run
 
 FILE = "evaluation.json"
 
@@ -46,8 +46,8 @@ async def evaluate_heldout(run: Run, model: str) -> list[EvalRow]:
 
 
 async def improver_check(run: Run, limit: int) -> Mapping[str, float]:
-    """How the improver does now, on at most ``limit`` held-out prompts, both roles greedy: shares of rewrites that win and lose against the
-    response they rewrite (the rest ties), the mean gain in score, and the share of plain copies. Empty when no held-out prompt can be scored.
+    """How the improver does now, on at most ``limit`` held-out prompts, in both roles: shares of rewrites that win and lose against the response
+    they rewrite (the rest ties), the mean gain in score, and the share of plain copies. Empty when no held-out prompt can be scored.
     """
     prompts, scorers = _spread(run.corpus.heldout, limit), load_scorers(run.config.eval.scorer)
     if not prompts:
@@ -102,7 +102,7 @@ def write_rows(path: Path, rows: Sequence[EvalRow]) -> None:
 
 
 async def _both_roles(run: Run, model: str, prompts: Sequence[Prompt]) -> tuple[list[Completion], list[Completion]]:
-    """Greedy responses, and greedy refinements of them."""
+    """Responses, and refinements of them."""
     responses = await _answer(run, model, Role.POLICY, [run.book.policy_ids(prompt) for prompt in prompts])
     drafts = [run.book.improver_ids(prompt, response.text) for prompt, response in zip(prompts, responses, strict=True)]
     return responses, await _answer(run, model, Role.IMPROVER, drafts)
@@ -119,7 +119,7 @@ def _joined(rows: Sequence[EvalRow], name: str) -> list[float]:
 
 
 async def _answer(run: Run, model: str, role: Role, prompts: Sequence[tuple[int, ...]]) -> list[Completion]:
-    how = greedy(run.config.eval.max_new_tokens)
+    how = Sampling(run.config.eval.temperature, 1.0, 0, run.config.eval.max_new_tokens)
     name = f"eval-{model}-{role}-{run.incarnation}"
     requests = [GenerateRequest(f"{name}-{i}", ids, how, sampling_seed(f"{model}/{i}", role)) for i, ids in enumerate(prompts)]
     return await run.fleet.generate(requests)

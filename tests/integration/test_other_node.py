@@ -1,32 +1,26 @@
 """A worker on another node than the learner's, under real Ray with a real engine: it gets the first version whole, the next as a patch.
 
-Two raylets on this machine stand for the nodes; that both could open the same files is not used. Bfloat16, where patches are small.
+Two raylets on this machine stand for the nodes. Both could open the same files, which therefore are away while the worker takes a version.
+Bfloat16, where patches are small.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fleet_story import SEEN, fleet_spec, told
 
 from sgpo_dist.weights.files import PREFIX, SHARED_MEMORY
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
-ROOT = Path(__file__).parents[2]
 
 
 def test_a_worker_on_another_node_takes_versions_whole_and_by_patches(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    seen = json.loads((tmp_path / "seen.json").read_text())
+    seen = told(__file__, tmp_path, 280)
     print(seen)
     assert seen["node"] != seen["here"]
     assert seen["bases"][0] == ""
@@ -45,10 +39,8 @@ async def story(folder: Path) -> dict[str, object]:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    from actors.fleet import FleetSpec, RayLauncher
-    from actors.vllm_engine import EngineSpec
+    from actors.fleet import RayLauncher
     from sgpo_dist.buffer.service import PairBuffer
-    from sgpo_dist.config import PairGateConfig
     from sgpo_dist.data.embedded_model import embedded_model_dir
     from sgpo_dist.errors import WeightSyncError
     from sgpo_dist.prompts import PromptBook, load_tokenizer
@@ -83,20 +75,7 @@ async def story(folder: Path) -> dict[str, object]:
         save_file({name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}, path)
         return WeightBundle(version, "shm", str(path), here, checksum_safetensors(str(path)), path.stat().st_size, (), (logps(),))
 
-    spec = FleetSpec(
-        engine=EngineSpec(str(directory), "bfloat16", max_model_len=256, kv_cache_gib=0.25, probes=probes, max_num_seqs=8, log_level="WARNING"),
-        template="v1",
-        gate=PairGateConfig(),
-        concurrency=4,
-        lease_s=60.0,
-        request_timeout_s=120.0,
-        start_timeout_s=200.0,
-        heartbeat_timeout_s=30.0,
-        receive_timeout_s=60.0,
-        max_restarts=0,
-        tolerance=6e-2,
-        log_dir=str(folder / "logs"),
-    )
+    spec = fleet_spec(folder, directory, probes, "bfloat16", tolerance=6e-2, max_restarts=0)
     buffer = ray.remote(PairBuffer).options(num_cpus=0, max_concurrency=1000).remote(str(folder / "buffer.db"))
     launcher = RayLauncher(spec, buffer)
     worker = launcher("rollout-0.1.1", 0, 1, ())
@@ -110,16 +89,21 @@ async def story(folder: Path) -> dict[str, object]:
             payload = await launcher.carrier.payload(newest, worker.held)  # the worker's call shares it
             seen["bases"].append(payload.base)
             seen["sizes"].append(len(payload.data))
+            away = Path(newest.uri).rename(folder / "away")  # so the worker has the payload and nothing else
             seen["gaps"].append(check_proof(newest, await worker.receive(newest), spec.tolerance))
+            away.rename(newest.uri)
             seen["moved"].append(max(abs(a - b) for a, b in zip(before, newest.probe_logps[0], strict=True)))
             before = newest.probe_logps[0]
         refused = ""
         worker.held = str(folder / "v1")  # not what it holds
         nudge()
+        newest = bundle(3)
         try:
-            await worker.receive(bundle(3))
+            await worker.receive(newest)
         except WeightSyncError as problem:
             refused = str(problem)
+        worker.held = ""
+        seen["gaps"].append(check_proof(newest, await worker.receive(newest), spec.tolerance))
         await worker.stop()
     finally:
         worker.kill()
@@ -139,7 +123,7 @@ def main(folder: Path) -> None:
     finally:
         ray.shutdown()
         cluster.shutdown()
-    (folder / "seen.json").write_text(json.dumps(seen))
+    (folder / SEEN).write_text(json.dumps(seen))
 
 
 if __name__ == "__main__":

@@ -10,32 +10,20 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fleet_story import SEEN, fleet_spec, told
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1000)]
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = 16
 
 
 @pytest.mark.fault(1, invariants="I1 I3 I6")
 def test_two_workers_share_prompts_take_versions_and_survive_a_kill(tmp_path: Path) -> None:
-    """The story runs in a process of its own: Ray and vLLM leave threads and handlers behind that no other test should meet."""
-    done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    seen = json.loads((tmp_path / "seen.json").read_text())
+    seen = told(__file__, tmp_path, 900)
     assert len(seen["uids"]) == len(set(seen["uids"])) == PROMPTS  # each prompt has exactly one outcome
     assert len(seen["workers"]) == 3  # two, and the successor of the killed one
     assert seen["versions"] == [[0, 0], [1, 1]]
@@ -54,11 +42,9 @@ def test_two_workers_share_prompts_take_versions_and_survive_a_kill(tmp_path: Pa
 async def story(folder: Path) -> dict[str, object]:
     import ray
 
-    from actors.fleet import FleetSpec, RayFleet
+    from actors.fleet import RayFleet
     from actors.handles import RemoteBuffer
-    from actors.vllm_engine import EngineSpec
     from sgpo_dist.buffer.service import PairBuffer
-    from sgpo_dist.config import PairGateConfig
     from sgpo_dist.data.embedded_model import embedded_model_dir
     from sgpo_dist.prompts import PromptBook, load_tokenizer
     from sgpo_dist.records import Message, Prompt, Stage
@@ -70,21 +56,7 @@ async def story(folder: Path) -> dict[str, object]:
     book = PromptBook(load_tokenizer(model))
     prompts = tuple(Prompt(f"q{i}", (Message("user", f"Say something kind about the number {i}."),)) for i in range(PROMPTS))
     probes = (ProbeRow(book.policy_ids(prompts[0]), book.completion_ids("Zero is where all counting begins.")),)
-    spec = FleetSpec(
-        engine=EngineSpec(str(model), max_model_len=384, kv_cache_gib=0.25, probes=probes, max_num_seqs=8, log_level="WARNING"),
-        template="v1",
-        gate=PairGateConfig(require_eos=False),
-        concurrency=4,
-        lease_s=60.0,
-        request_timeout_s=120.0,
-        start_timeout_s=200.0,
-        heartbeat_timeout_s=30.0,
-        receive_timeout_s=60.0,
-        max_restarts=3,
-        tolerance=2e-3,
-        log_dir=str(folder / "logs"),
-        num_cpus=0.5,
-    )
+    spec = fleet_spec(folder, model, probes, "float32", tolerance=2e-3, max_restarts=3)
     events: list[tuple[str, dict[str, object]]] = []
     handle = ray.remote(PairBuffer).options(num_cpus=0, max_restarts=-1, max_concurrency=1000).remote(str(folder / "buffer.db"))
     buffer = RemoteBuffer(handle)
@@ -164,7 +136,7 @@ def main(folder: Path) -> None:
     finally:
         ray.shutdown()
     alive = [pid for pid in seen["everyone"] if psutil.pid_exists(pid)]  # type: ignore[attr-defined]
-    (folder / "seen.json").write_text(json.dumps({**seen, "left_alive": alive}))
+    (folder / SEEN).write_text(json.dumps({**seen, "left_alive": alive}))
 
 
 if __name__ == "__main__":

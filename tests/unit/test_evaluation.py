@@ -192,9 +192,10 @@ class Fleet:
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.temperatures: set[float] = set()
 
     async def generate(self, requests: Sequence[GenerateRequest]) -> list[Completion]:
-        assert all(request.sampling.temperature == 0.0 for request in requests)
+        self.temperatures |= {request.sampling.temperature for request in requests}
         self.names += [request.request_id for request in requests]
         return [completion(self.text(request.prompt_ids)) for request in requests]
 
@@ -226,9 +227,9 @@ class Recorder:
         self.messages.append(text)
 
 
-def a_run(directory: Path, asked: Sequence[str], scorer: str | dict[str, str], reference: str | None = None) -> Any:
+def a_run(directory: Path, asked: Sequence[str], scorer: str | dict[str, str], reference: str | None = None, temperature: float = 0.0) -> Any:
     heldout = tuple(Prompt(f"p{i}", (Message("user", text),), reference, "notes") for i, text in enumerate(asked))
-    config = build_config({"eval": {"scorer": scorer, "max_new_tokens": 8}})
+    config = build_config({"eval": {"scorer": scorer, "max_new_tokens": 8, "temperature": temperature}})
     parts = {"config": config, "directory": directory, "corpus": Corpus((), (), heldout), "book": Book(), "fleet": Fleet(), "learner": Learner()}
     return SimpleNamespace(**parts, recorder=Recorder(), incarnation=3, progress=SimpleNamespace(global_step=7))
 
@@ -241,6 +242,13 @@ def test_held_out_figures_use_the_configured_scorer_and_are_kept(tmp_path: Path)
     asked = len(run.fleet.names)
     assert asyncio.run(evaluate_heldout(cast("Any", run), "sft")) == [row]
     assert len(run.fleet.names) == asked
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_both_roles_answer_at_the_temperature_of_the_evaluation(tmp_path: Path, temperature: float) -> None:
+    run = a_run(tmp_path, ["aaaa"], f"{__name__}:letters", temperature=temperature)
+    asyncio.run(evaluate_heldout(cast("Any", run), "sft"))
+    assert run.fleet.temperatures == {temperature}
 
 
 def test_a_scorer_that_is_not_there_is_refused_before_anything_is_generated(tmp_path: Path) -> None:

@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from ray import exceptions
 from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
 
-from actors.fleet import FleetSpec, RayFleet, RestartPolicy, share_cores, spread, tail
+from actors import carrier
+from actors.fleet import FleetSpec, RayFleet, RayWorker, RestartPolicy, share_cores, spread, tail
 from actors.handles import NodeLost, NoRoom, Unavailable, call, init_infos, mapped, through_outages
 from actors.nodes import HeadLost, NodeRecord, NodeView, RayNodes, away_from, one_machine, view_of
 from actors.vllm_engine import EngineSpec, engine_arguments, engine_environment, finish_reason, metadata_digest, sampling_arguments
@@ -687,6 +689,38 @@ def test_a_call_has_a_deadline() -> None:
 
     with pytest.raises(WorkerFault, match=r"rollout-0: no answer within 0\.01 s"):
         asyncio.run(call(late(), "rollout-0", 0.01))
+
+
+class Made:
+    """In the place of the task that makes payloads, and of an actor that takes none."""
+
+    def __init__(self) -> None:
+        self.payloads = 0
+        self.refused: list[object] = []
+        self.receive = SimpleNamespace(remote=self.refuse)
+
+    def options(self, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(remote=self.make)
+
+    def make(self, uri: str, held: str) -> str:
+        assert held == ""
+        self.payloads += 1
+        return f"{uri}, made {self.payloads} times"
+
+    async def refuse(self, bundle: WeightBundle, payload: object) -> None:
+        self.refused.append(payload)
+        raise WorkerFault("rollout-0", f"could not read {bundle.uri}")
+
+
+def test_a_payload_that_a_worker_could_not_take_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Made()
+    monkeypatch.setattr(carrier, "_READ", made)
+    newest = replace(bundle(1), uri="v1", node_id="a" * 56)
+    worker = RayWorker("rollout-0", made, cast("Any", SimpleNamespace(receive_timeout_s=5.0)), carrier.Carrier(), node="another")
+    for _ in range(2):
+        with pytest.raises(WorkerFault, match="could not read v1"):
+            asyncio.run(worker.receive(newest))
+    assert made.refused == ["v1, made 1 times", "v1, made 2 times"]
 
 
 def test_nccl_ranks_of_the_engines_follow_one_another() -> None:
