@@ -184,6 +184,9 @@ class ImproverConfig(Section):
     gate: Annotated[Literal["stop", "warn", "off"], BeforeValidator(_off)] = Field(
         "warn", description="What to do when rewrites do not beat drafts on held-out prompts."
     )
+    gate_confidence: float = Field(
+        0.5, ge=0.5, lt=1, description="How sure the gate must be (one-sided sign test over the prompts without a tie); 0.5: more better than worse."
+    )
 
 
 class PairGateConfig(Section):

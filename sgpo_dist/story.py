@@ -74,7 +74,7 @@ async def finish_stage(run: Run) -> None:
         await publish_weights(run, run.progress.version + 1)
     figures = await evaluate_heldout(run, stage.value)
     if stage is Stage.IMPROVER:
-        improver_verdict(figures, run.config.improver.gate, run.recorder)
+        improver_verdict(figures, run.config.improver, run.recorder)
     async with run.stop.held:
         run.recorder.event("stage_finished", stage=stage.value, steps=steps, version=run.progress.version)
         run.moved(stage=run.stage_after(stage), step=0, stage_version=run.progress.version)

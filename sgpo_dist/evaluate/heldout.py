@@ -11,9 +11,11 @@ import asyncio
 import json
 import os
 from collections.abc import Mapping, Sequence
+from math import comb
 from pathlib import Path
 from typing import Any
 
+from sgpo_dist.config import ImproverConfig
 from sgpo_dist.errors import RunFailed
 from sgpo_dist.evaluate.evaluation import EvalRow, evaluate, row_from, row_tree
 from sgpo_dist.evaluate.scoring import load_scorers
@@ -63,26 +65,39 @@ async def improver_check(run: Run, limit: int) -> Mapping[str, float]:
     return {name: mean(column) for name, column in columns.items()} if columns["improver/win_rate"] else {}
 
 
-def improver_verdict(rows: Sequence[EvalRow], gate: str, recorder: Recorder) -> None:
+def improver_verdict(rows: Sequence[EvalRow], rules: ImproverConfig, recorder: Recorder) -> None:
     """Does the improver's rewrite beat its draft on held-out prompts of every source? Records it.
 
-    It passes when more rewrites are better than worse; ties count for neither. Raises RunFailed when ``gate`` is 'stop' and it does not.
+    It passes when the ``sign_confidence`` that rewrites are rather better than worse reaches ``rules.gate_confidence``. Raises RunFailed when
+    ``rules.gate`` is 'stop' and it does not.
     """
     judged_rows = [row for row in rows if "improver_better" in row.figures]  # held-out rows without references cannot be judged
-    if not judged_rows and gate != "off":
+    if not judged_rows and rules.gate != "off":
         recorder.message("improver gate: no held-out prompt has a reference to judge by (data.heldout_path, eval.enabled): going on unjudged")
     for row in judged_rows:
         better, worse = row.figures["improver_better"], row.figures["improver_worse"]
         ties = max(0.0, 1.0 - better - worse)
-        recorder.event("improver_gate", source=row.source, better=better, worse=worse, ties=ties, passed=better > worse)
-        if better > worse or gate == "off":
-            continue
         judged = len(row.per_prompt.get("improver_better", ())) or row.n
+        sure = sign_confidence(round(better * judged), round(worse * judged))
+        passed = sure >= rules.gate_confidence
+        recorder.event("improver_gate", source=row.source, better=better, worse=worse, ties=ties, confidence=sure, passed=passed)
+        if passed or rules.gate == "off":
+            continue
         counts = f"better in {better:.0%}, worse in {worse:.0%} and as good in {ties:.0%} of {judged}"
-        line = f"on held-out '{row.source}' the improver's rewrite is {counts}"
-        if gate == "stop":
+        asked = f", {sure:.0%} sure where {rules.gate_confidence:.0%} is asked" if better > worse else ""
+        line = f"on held-out '{row.source}' the improver's rewrite is {counts}{asked}"
+        if rules.gate == "stop":
             raise RunFailed(f"{line}; teach it longer or with another reviser, or set improver.gate=warn to go on")
         recorder.message(f"improver gate: {line} (improver.gate=warn: going on)")
+
+
+def sign_confidence(wins: int, losses: int) -> float:
+    """One minus the one-sided p-value of the exact sign test: the chance that a fair coin shows fewer heads than ``wins``.
+
+    0.5 or more exactly when there are more wins than losses; 0 without any.
+    """
+    trials = wins + losses
+    return 1.0 - sum(comb(trials, heads) for heads in range(wins, trials + 1)) / 2**trials
 
 
 def read_rows(path: Path) -> list[EvalRow]:

@@ -10,12 +10,14 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from sgpo_dist.config import build_config
+from sgpo_dist.config import ImproverConfig, build_config
 from sgpo_dist.data.loading import Corpus
 from sgpo_dist.errors import ConfigError, DataError, RunFailed
 from sgpo_dist.evaluate.evaluation import EvalRow, evaluate, row_from, row_tree, table
-from sgpo_dist.evaluate.heldout import evaluate_heldout, improver_check, improver_verdict
+from sgpo_dist.evaluate.heldout import evaluate_heldout, improver_check, improver_verdict, sign_confidence
 from sgpo_dist.evaluate.scoring import load_scorers
 from sgpo_dist.records import Completion, FinishReason, Message, Prompt, TokenExample
 from sgpo_dist.roles import GenerateRequest
@@ -289,17 +291,17 @@ def row_with(better: float, worse: float) -> EvalRow:
 
 def test_the_gate_passes_when_more_rewrites_are_better_than_worse() -> None:
     recorder = Recorder()
-    improver_verdict([row_with(0.375, 0.25), EvalRow("improver", "bare", {"eos_share": 1.0}, 2)], "stop", cast("Any", recorder))
-    figures = {"source": "chat", "better": 0.375, "worse": 0.25, "ties": 0.375, "passed": True}
+    improver_verdict([row_with(0.375, 0.25), EvalRow("improver", "bare", {"eos_share": 1.0}, 2)], ImproverConfig(gate="stop"), cast("Any", recorder))
+    figures = {"source": "chat", "better": 0.375, "worse": 0.25, "ties": 0.375, "confidence": 0.5, "passed": True}
     assert recorder.events == [("improver_gate", figures)]
     assert recorder.messages == []
 
 
 def test_a_gate_that_has_nothing_to_judge_says_so() -> None:
     recorder = Recorder()
-    for gate in ("stop", "warn", "off"):
-        improver_verdict([EvalRow("improver", "bare", {"eos_share": 1.0}, 2)], gate, cast("Any", recorder))
-        improver_verdict([], gate, cast("Any", recorder))
+    for rules in (ImproverConfig(gate="stop"), ImproverConfig(gate="warn"), ImproverConfig(gate="off")):
+        improver_verdict([EvalRow("improver", "bare", {"eos_share": 1.0}, 2)], rules, cast("Any", recorder))
+        improver_verdict([], rules, cast("Any", recorder))
     assert len(recorder.messages) == 4
     assert "going on unjudged" in recorder.messages[0]
     assert recorder.events == []
@@ -310,9 +312,27 @@ def test_the_gate_stops_or_warns_with_the_figures_otherwise(better: float, worse
     line = f"on held-out 'chat' the improver's rewrite is better in {better:.0%}, worse in {worse:.0%} and as good in {1 - better - worse:.0%} of 8"
     recorder = Recorder()
     with pytest.raises(RunFailed, match=line):
-        improver_verdict([row_with(better, worse)], "stop", cast("Any", recorder))
-    improver_verdict([row_with(better, worse)], "warn", cast("Any", recorder))
+        improver_verdict([row_with(better, worse)], ImproverConfig(gate="stop"), cast("Any", recorder))
+    improver_verdict([row_with(better, worse)], ImproverConfig(gate="warn"), cast("Any", recorder))
     assert recorder.messages == [f"improver gate: {line} (improver.gate=warn: going on)"]
-    improver_verdict([row_with(better, worse)], "off", cast("Any", recorder))
+    improver_verdict([row_with(better, worse)], ImproverConfig(gate="off"), cast("Any", recorder))
     assert len(recorder.messages) == 1
     assert [fields["passed"] for _, fields in recorder.events] == [False] * 3
+
+
+def test_a_gate_can_ask_to_be_surer_than_a_few_more_wins_make_it() -> None:
+    recorder = Recorder()
+    with pytest.raises(RunFailed, match=r"worse in 25% and as good in 38% of 8, 50% sure where 90% is asked; teach"):
+        improver_verdict([row_with(0.375, 0.25)], ImproverConfig(gate="stop", gate_confidence=0.9), cast("Any", recorder))
+    improver_verdict([row_with(0.5, 0.0)], ImproverConfig(gate="stop", gate_confidence=0.9), cast("Any", recorder))
+    assert [fields["confidence"] for _, fields in recorder.events] == [0.5, 1 - 1 / 16]
+
+
+@pytest.mark.parametrize(("wins", "losses", "p_value"), [(9, 1, 11 / 1024), (19, 8, 0.02612), (26, 25, 0.5), (2, 2, 11 / 16), (0, 3, 1), (0, 0, 1)])
+def test_the_confidence_is_the_exact_sign_test_s(wins: int, losses: int, p_value: float) -> None:
+    assert sign_confidence(wins, losses) == pytest.approx(1 - p_value, abs=1e-5)
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_half_sure_is_more_wins_than_losses(wins: int, losses: int) -> None:
+    assert (sign_confidence(wins, losses) >= 0.5) == (wins > losses)
