@@ -1,8 +1,9 @@
 """``python -m bench.quality TASK [--arms a,b] [--seeds 1,2] [--split validation|test]``: run what is missing, one arm a core; print the table.
 
 Arms that were run before (same recipe, same seed) are not run again, so the table grows over several calls. The runs lie under ``--root``
-(default runs/quality), their figures also in bench/quality/results. ``--table`` runs nothing. ``chat --data FILE`` takes the rows of a file of yours
-instead of the starter set's: JSON lines with ``prompt``, an answer (``--reference-key``) and where there is one a weaker answer (``--rejected-key``).
+(default runs/quality), their figures also in bench/quality/results (of another root: in its results/). ``--table`` runs nothing.
+``chat --data FILE`` takes the rows of a file of yours instead of the starter set's: JSON lines with ``prompt``, an answer (``--reference-key``) and
+where there is one a weaker answer (``--rejected-key``).
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from bench.quality.arms import ARMS, arms_of, closed
 from bench.quality.chat import RowsFile
 from bench.quality.one_process import pin
 from bench.quality.runner import Place, run_arms
-from bench.quality.table import keep, kept, table
+from bench.quality.table import KEPT, keep, kept, table
 from bench.quality.tasks import Task, find_task
 from learner.group import ALLOCATOR
 from sgpo_dist.errors import SgpoError
 
+ROOT = Path("runs/quality")
 METRIC = {"orders": "sampled", "chat": "greedy", "language": "sampled", "language-noisy": "sampled"}
 """What an arm is compared by. Where greedy answers saturate, the mass on right ones is what is learned: ``sampled`` at temperature 1."""
 RIVALS = {"chat": ("base", "sft")}
@@ -41,11 +43,12 @@ def main() -> int:
         asyncio.run(run_arms(place, names, seeds, options.core))
         return 0
     code = 0 if options.table else _share(sys.argv[1:], options.cores)
+    folder = KEPT if options.root == ROOT else place.root / "results"
     for name in names:
         for seed in seeds:
             if place.result(name, seed).is_file():
-                keep(place.result(name, seed))
-    print(table(task, kept(task, options.split), ("sft", "sft_more"), METRIC[task.family], RIVALS.get(task.family, ())))
+                keep(place.result(name, seed), folder)
+    print(table(task, kept(task, options.split, folder), ("sft", "sft_more"), METRIC[task.family], RIVALS.get(task.family, ())))
     return code
 
 
@@ -58,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, metavar="FILE", help="rows of your own for the task chat (JSON lines)")
     parser.add_argument("--reference-key", default="reference", metavar="COLUMN", help="the answer to learn from and to be compared with")
     parser.add_argument("--rejected-key", default="rejected", metavar="COLUMN", help="a weaker answer, for DPO on given pairs; rows may lack it")
-    parser.add_argument("--root", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--root", type=Path, default=ROOT)
     parser.add_argument("--cores", help="comma list of cores; default: all")
     parser.add_argument("--table", action="store_true", help="only print the table of what was run before")
     parser.add_argument("--core", type=int, help=argparse.SUPPRESS)
