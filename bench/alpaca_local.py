@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from actors.vllm_engine import EngineSpec, engine_environment
+from bench.machine import free_port
 from sgpo_dist.data.embedded_model import embedded_model_dir
 
 NAME: Final = "judge"
@@ -67,7 +67,7 @@ def server_command(model: str, port: int) -> list[str]:
 @contextmanager
 def serving(model: str) -> Iterator[str]:
     """The server's base URL; it is up within, and gone afterwards. Raises SystemExit with its last lines when it is not up after ``START_S``."""
-    port = _free_port()
+    port = free_port()
     environment = os.environ | engine_environment(EngineSpec(model, max_model_len=MAX_LENGTH)) | {"VLLM_CPU_KVCACHE_SPACE": "1"}
     with tempfile.NamedTemporaryFile("w+", prefix="judge-", suffix=".log") as log:
         process = subprocess.Popen(server_command(model, port), env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -96,12 +96,6 @@ def _is_up(port: int) -> bool:
             return bool(reply.status == 200)
     except (urllib.error.URLError, OSError):
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -300,10 +300,9 @@ def run_trl(pairs: Sequence[PreferencePair], timed_steps: int, dtype: str, tuned
     """One warm-up step and ``timed_steps`` of DPOTrainer, every step on all the pairs. In float32 also the last weights' log-probs."""
     from learner.model import CompletionScorer
 
-    batch = len(pairs) // int(os.environ.get("WORLD_SIZE", "1"))
     with tempfile.TemporaryDirectory() as folder:
         trainer, clock = build_trainer(
-            str(embedded_model_dir()), text_rows(pairs), folder, batch, 1 + timed_steps, dtype=dtype, tuned=tuned, learning_rate=learning_rate
+            str(embedded_model_dir()), text_rows(pairs), folder, len(pairs), 1 + timed_steps, dtype=dtype, tuned=tuned, learning_rate=learning_rate
         )
         require_same_ids(trainer, pairs)
         tokens = sum(2 * len(pair.prompt_ids) + len(pair.chosen.token_ids) + len(pair.rejected.token_ids) for pair in pairs)

@@ -89,7 +89,7 @@ def run_arm(module: str, arm: str, options: Mapping[str, object], variables: Map
         command += [f"--{name}", str(value)]
     print(f"  {module.removeprefix('bench.')} {arm}{f', {processes} processes' if processes > 1 else ''} ...", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(processes) as pool:
-        answers = list(pool.map(partial(_run_rank, module, command), _ranks(variables, processes)))
+        answers = list(pool.map(partial(_run_rank, module, arm, command), _ranks(variables, processes)))
     cpu = {name: [sum(both) for both in zip(*(each[name] for each in answers), strict=True)] for name in answers[0] if name.endswith("_cpu_s")}
     return answers[0] | cpu | {name: sum(each[name] for each in answers) for name in SUMMED if name in answers[0]}
 
@@ -101,7 +101,7 @@ def _ranks(variables: Mapping[str, str], processes: int) -> list[dict[str, str]]
     return [{**variables, **meet, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def _run_rank(module: str, command: Sequence[str], variables: Mapping[str, str]) -> dict[str, Any]:
+def _run_rank(module: str, arm: str, command: Sequence[str], variables: Mapping[str, str]) -> dict[str, Any]:
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         done = subprocess.run(
             command, cwd=ROOT, env=dict(variables), stdout=subprocess.PIPE, stderr=log, text=True, timeout=ARM_DEADLINE_S, check=False
@@ -110,7 +110,7 @@ def _run_rank(module: str, command: Sequence[str], variables: Mapping[str, str])
         if done.returncode or not answers:
             log.seek(0)
             words = log.read()[-LOG_TAIL:] or done.stdout[-LOG_TAIL:]
-            raise RuntimeError(f"arm '{command[4]}' of {module} ended with status {done.returncode}: {words}")
+            raise RuntimeError(f"arm '{arm}' of {module} ended with status {done.returncode}: {words}")
     answer: dict[str, Any] = json.loads(answers[-1])
     return answer
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 from actors.fleet import RayFleet, gated_outcome
 from actors.rollout import RolloutSettings, RolloutWorker
 from actors.vllm_engine import VllmEngine, engine_environment
+from bench.machine import free_port
 from sgpo_dist.buffer.service import PairBuffer
 from sgpo_dist.checkpoint import CheckpointStore
 from sgpo_dist.config import Config
@@ -283,7 +283,7 @@ class Workbench:
             node_id=NODE,
         )
         if not self._joined:
-            join(0, 1, "127.0.0.1", _free_port(), "gloo", config.learner.step_timeout_s)
+            join(0, 1, "127.0.0.1", free_port(), "gloo", config.learner.step_timeout_s)
             self._joined = True
         return LearnerRank(spec)
 
@@ -296,12 +296,6 @@ def pin(core: int) -> None:
 
 def _give_up(reason: str) -> None:
     raise RunFailed(f"the engine is lost: {reason}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class _output_to:  # noqa: N801 reads as a verb

@@ -9,7 +9,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bench.machine import free_port
 from bench.quality import language
 from bench.quality.tiny_model import TinyModel, make_model
 from sgpo_dist.checkpoint import Checkpoint, CheckpointStore
@@ -211,12 +211,6 @@ def test_one_run_is_stopped_in_every_way_and_resumed_each_time(inputs: list[str]
 
 
 # ---- ray job stop ---------------------------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from actors.vllm_engine import EngineSpec, engine_environment
+from bench.machine import free_port
 from sgpo_dist.config import JudgeConfig
 from sgpo_dist.data.embedded_model import embedded_model_dir
 from sgpo_dist.data.loading import load_rows
@@ -46,12 +46,6 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(not has_alpaca_eval(), reason="no interpreter with alpaca_eval; name one in SGPO_ALPACA_PYTHON"),
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def is_up(port: int) -> bool:
