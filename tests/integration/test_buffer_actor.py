@@ -31,7 +31,7 @@ def cluster():
     """A small Ray of our own, one at a time on this machine."""
     with (Path(tempfile.gettempdir()) / "sgpo-test-ray.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 * 2**20)
         yield
         ray.shutdown()
 
