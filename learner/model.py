@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
+from learner import attention
 from learner.batch import MicroBatch
 from sgpo_dist.config import LoraConfig, ModelConfig
 from sgpo_dist.errors import ConfigError, EnvironmentProblem
@@ -30,7 +31,7 @@ from sgpo_dist.errors import ConfigError, EnvironmentProblem
 SCORED_CHUNK: Final = 256
 ADAPTER: Final = "default"
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MASKABLE_ATTENTION: Final = ("sdpa", "eager")
+MASKABLE_ATTENTION: Final = ("auto", "sdpa", "eager")
 ALTERED_LOGITS: Final = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Configuration keys of models that change the head's output; scoring would be silently wrong, so they are refused."""
 
@@ -96,7 +97,7 @@ def load_model(
 
     Raises ConfigError for a model or attention that cannot be scored exactly, EnvironmentProblem when the directory cannot be read.
     """
-    model = _read_model(model_dir, settings, attn_implementation)
+    model = _read_model(model_dir, settings, attn_implementation, device)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.lora.enabled:
@@ -107,7 +108,7 @@ def load_model(
 
 def load_reference(model_dir: str, settings: ModelConfig, attn_implementation: str, device: torch.device) -> CompletionScorer:
     """A frozen model to score with; errors as ``load_model``."""
-    model = _read_model(model_dir, settings, attn_implementation)
+    model = _read_model(model_dir, settings, attn_implementation, device)
     scorer: CompletionScorer = CompletionScorer(model).to(device).eval().requires_grad_(False)
     return scorer
 
@@ -132,20 +133,22 @@ def ties_head(model: Any) -> bool:
     return head is not None and head.weight is embedding.weight
 
 
-def _read_model(model_dir: str, settings: ModelConfig, attn_implementation: str) -> Any:
+def _read_model(model_dir: str, settings: ModelConfig, attn_implementation: str, device: torch.device) -> Any:
     if attn_implementation not in MASKABLE_ATTENTION:
-        raise ConfigError(f"learner.attn_implementation '{attn_implementation}' cannot mask shared-prefix rows; write sdpa or eager")
+        raise ConfigError(f"learner.attn_implementation '{attn_implementation}' cannot mask shared-prefix rows; write auto, sdpa or eager")
     transformers_logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             model_dir,
             dtype=DTYPES[settings.dtype],
-            attn_implementation=attn_implementation,
+            attn_implementation="sdpa" if attn_implementation == "auto" else attn_implementation,
             trust_remote_code=settings.trust_remote_code,
             revision=settings.revision,
         )
     except (OSError, ValueError) as problem:
         raise EnvironmentProblem(f"model '{model_dir}' cannot be loaded: {str(problem).splitlines()[0]}") from problem
+    if attn_implementation == "auto" and device.type == "cpu" and settings.dtype == "bfloat16":
+        model.set_attn_implementation(attention.NAME)
     altered = [key for key in ALTERED_LOGITS if getattr(model.config, key, None) not in (None, 1.0)]
     if altered:
         raise ConfigError(f"model '{model_dir}' sets {altered[0]}, which the learner's head does not apply; use another model")
@@ -163,8 +166,8 @@ def _with_adapters(model: Any, lora: LoraConfig, seed: int) -> PeftModel:
 
 
 def _fitting_mask(mask_B1LL: Tensor | None, model: Any) -> Tensor | None:
-    """Eager attention adds its mask to the scores; only sdpa takes a boolean one."""
-    if mask_B1LL is None or model.config._attn_implementation != "eager":
+    """Only sdpa takes a boolean mask, all others add theirs to the scores."""
+    if mask_B1LL is None or model.config._attn_implementation == "sdpa":
         return mask_B1LL
     dtype = model.get_input_embeddings().weight.dtype
     return torch.zeros(mask_B1LL.shape, dtype=dtype, device=mask_B1LL.device).masked_fill(~mask_B1LL, torch.finfo(dtype).min)

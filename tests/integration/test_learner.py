@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from learner.attention import NAME as PRODUCTS
 from learner.batch import collate_packed, example_row
 from learner.deepspeed_engine import join
 from learner.group import PORT_TAKEN, GroupSpec, LearnerGroup
@@ -522,7 +523,7 @@ def test_a_taken_port_is_told_apart():
 def test_steps_before_a_stage_and_unscorable_settings_are_refused(make_rank: Callable[..., LearnerRank], model_dir: str):
     with pytest.raises(RunFailed, match="begin one first"):
         make_rank().nll_step(1, examples())
-    with pytest.raises(ConfigError, match="sdpa or eager"):
+    with pytest.raises(ConfigError, match="auto, sdpa or eager"):
         make_rank(attn_implementation="flash_attention_2").begin_stage(nll_stage(model_dir))
     with pytest.raises(ConfigError, match=r"rollout\.dtype"):
         make_rank(zero_stage=3, dtype="bfloat16", engine_dtype="float32")
@@ -536,6 +537,21 @@ def test_eager_attention_scores_the_same(make_rank: Callable[..., LearnerRank], 
         losses.append(rank.preference_step(1, pairs(0))["loss"])
         rank._end_stage()
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_bf16_on_a_cpu_trains_by_products_and_exports_no_trace_of_it(make_rank: Callable[..., LearnerRank], model_dir: str, tmp_path: Path):
+    found = []
+    for chosen, used in (("auto", PRODUCTS), ("sdpa", "sdpa")):
+        rank = make_rank(attn_implementation=chosen, dtype="bfloat16", engine_dtype="bfloat16")
+        rank.begin_stage(preference_stage(model_dir, nll_coef=1.0))
+        assert rank._current.engine.scorer.causal_lm.config._attn_implementation == used
+        found.append(rank.preference_step(1, pairs(0)))
+        rank.export(str(tmp_path / chosen))
+        rank._end_stage()
+    auto, sdpa = found
+    assert auto["loss"] == sdpa["loss"]
+    assert auto["grad_norm"] == pytest.approx(sdpa["grad_norm"], rel=1e-2)
+    assert (tmp_path / "auto" / "config.json").read_bytes() == (tmp_path / "sdpa" / "config.json").read_bytes()
 
 
 @pytest.mark.parametrize(("zero_stage", "lora"), [(0, False), (3, False), (3, True)])
