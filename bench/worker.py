@@ -29,7 +29,7 @@ from sgpo_dist.roles import GenerateRequest, GenerationTask, Sampling, StagePlan
 from sgpo_dist.starter import chat
 
 MODULE: Final = "bench.worker"
-PROMPTS: Final = 96
+PROMPTS: Final = 48
 AT_ONCE: Final = 32
 SEED: Final = 7
 SAMPLES: Final = 4
