@@ -22,13 +22,17 @@ NAME: Final = "products"
 LONGEST: Final = 1024
 """At 1,200 positions the scores of a row no longer fit the caches, and the products take as long as PyTorch's own."""
 
+ALTERING: Final = ("position_bias", "cache", "is_causal")
+"""Options that change what is attended to; PyTorch's own backward pass knows them."""
+
 
 def attend(
     module: Any, query_B_H_L_D: Tensor, key_B_K_L_D: Tensor, value_B_K_L_D: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """``[B, L, H, D]``. ``attention_mask`` is added to the scores: ``[B, 1, L, L]`` or None for causal attention."""
+    """``[B, L, H, D]``. ``attention_mask`` as ``sdpa`` takes it: ``[B, 1, L, L]``, boolean or added to the scores; None for causal attention."""
     fits = query_B_H_L_D.dtype is torch.bfloat16 and key_B_K_L_D.shape[2] == query_B_H_L_D.shape[2] <= LONGEST
-    if not fits or options.get("dropout") or not torch.is_grad_enabled():
+    altered = options.get("dropout") or any(options.get(name) is not None for name in ALTERING)
+    if not fits or altered or not torch.is_grad_enabled():
         attended: tuple[Tensor, None] = sdpa_attention_forward(module, query_B_H_L_D, key_B_K_L_D, value_B_K_L_D, attention_mask, **options)
         return attended
     out: Tensor = _Attention.apply(query_B_H_L_D, key_B_K_L_D, value_B_K_L_D, attention_mask, module, options)
@@ -53,6 +57,8 @@ class _Attention(torch.autograd.Function):
         groups, length, width = key_B_K_L_D.shape[1:]
         if mask is None:
             mask = torch.full((1, 1, length, length), -torch.inf, dtype=query_B_H_L_D.dtype).triu_(1)
+        elif mask.dtype is torch.bool:
+            mask = torch.zeros(mask.shape, dtype=query_B_H_L_D.dtype).masked_fill_(~mask, -torch.inf)
         masks_B1LL = mask.expand(len(query_B_H_L_D), 1, length, length)
         grads = tuple(torch.empty(each.shape, dtype=each.dtype) for each in (query_B_H_L_D, key_B_K_L_D, value_B_K_L_D))
         rows = zip(query_B_H_L_D, key_B_K_L_D, value_B_K_L_D, masks_B1LL, grad_B_L_H_D.transpose(1, 2), *grads, strict=True)

@@ -166,8 +166,8 @@ def _with_adapters(model: Any, lora: LoraConfig, seed: int) -> PeftModel:
 
 
 def _fitting_mask(mask_B1LL: Tensor | None, model: Any) -> Tensor | None:
-    """Only sdpa takes a boolean mask, all others add theirs to the scores."""
-    if mask_B1LL is None or model.config._attn_implementation == "sdpa":
+    """Eager attention adds its mask to the scores; only sdpa takes a boolean one."""
+    if mask_B1LL is None or model.config._attn_implementation != "eager":
         return mask_B1LL
     dtype = model.get_input_embeddings().weight.dtype
     return torch.zeros(mask_B1LL.shape, dtype=dtype, device=mask_B1LL.device).masked_fill(~mask_B1LL, torch.finfo(dtype).min)

@@ -19,11 +19,11 @@ ROWS = [
 ]
 
 
-def mask_of_pairs() -> Tensor:
-    """The mask of two branched rows of unlike length, as what is added to the scores."""
+def mask_of_pairs(boolean: bool) -> Tensor:
+    """The mask of two branched rows of unlike length, as it is or as what is added to the scores."""
     mask_B1LL = collate(ROWS).mask_B1LL
     assert mask_B1LL is not None
-    return torch.zeros(mask_B1LL.shape).masked_fill_(~mask_B1LL, torch.finfo(torch.bfloat16).min)
+    return mask_B1LL if boolean else torch.zeros(mask_B1LL.shape).masked_fill_(~mask_B1LL, torch.finfo(torch.bfloat16).min)
 
 
 def inputs(rows: int, length: int) -> tuple[list[Tensor], Tensor]:
@@ -37,15 +37,15 @@ def gradients(attention, mask: Tensor | None, dtype: torch.dtype, rows: int, len
     made, grad = inputs(rows, length)
     leaves = [each.bfloat16().to(dtype).requires_grad_() for each in made]
     module = SimpleNamespace(num_key_value_groups=HEADS // KEYS, is_causal=True)
-    out, _ = attention(module, *leaves, None if mask is None else mask.to(dtype), dropout=0.0, scaling=scaling)
+    out, _ = attention(module, *leaves, mask.to(dtype) if mask is not None and mask.is_floating_point() else mask, dropout=0.0, scaling=scaling)
     out.backward(grad.bfloat16().to(dtype))
     return out.detach(), [leaf.grad for leaf in leaves if leaf.grad is not None]
 
 
 @pytest.mark.parametrize("scaling", [WIDTH**-0.5, 0.1])
-@pytest.mark.parametrize("masked", [True, False])
-def test_gradients_are_as_good_as_pytorchs(masked: bool, scaling: float):
-    mask = mask_of_pairs() if masked else None
+@pytest.mark.parametrize("masked", ["boolean", "added", "causal"])
+def test_gradients_are_as_good_as_pytorchs(masked: str, scaling: float):
+    mask = None if masked == "causal" else mask_of_pairs(masked == "boolean")
     rows, length = (mask.shape[0], mask.shape[2]) if mask is not None else (3, 33)
     _, exact = gradients(sdpa_attention_forward, mask, torch.float32, rows, length, scaling)
     theirs_out, theirs = gradients(sdpa_attention_forward, mask, torch.bfloat16, rows, length, scaling)
