@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from learner.group import ALLOCATOR
+from learner.heap import ALLOCATOR
 
 ROOT: Final = Path(__file__).parents[1]
 THREADS: Final = min(2, len(os.sched_getaffinity(0)))

@@ -45,6 +45,7 @@ STATE_TAG: Final = "state"
 UNWANTED_OP: Final = "deepspeed_shm_comm"
 EXECUTABLES: Final = ("zero_to_fp32.py", "zero_to_torch.py")
 BUCKET_ELEMENTS: Final = 2**25
+"""Gradients that DeepSpeed gathers before it reduces them. Its default, half a billion, is a copy of all of them: larger buckets were no faster."""
 BUILD_DEADLINE_S: Final = 600.0
 TORCH_ARCHIVE: Final = "inline_container.cc"
 """Names the place in torch that every refused write of ``torch.save`` comes from."""

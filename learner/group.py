@@ -20,6 +20,7 @@ import psutil
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from learner.heap import ALLOCATOR
 from sgpo_dist.config import LearnerConfig, ModelConfig
 from sgpo_dist.errors import EnvironmentProblem, SgpoError, WorkerFault
 from sgpo_dist.faults import LOG_FOLLOWS
@@ -36,13 +37,6 @@ STOP_TIMEOUT_S: Final = 20.0
 PORT_ATTEMPTS: Final = 3
 LOG_TAIL: Final = 4000
 PORT_TAKEN: Final = "EADDRINUSE"
-ALLOCATOR: Final[Mapping[str, str]] = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "8589934592",
-    "MALLOC_TOP_PAD_": "268435456",
-}
-"""glibc keeps freed tensors instead of giving their pages back and faulting them in again at the next micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,7 @@ from learner.batch import (
     segment_sums,
 )
 from learner.deepspeed_engine import EngineSettings, TrainingEngine, join, leave, refusals_of_the_disk
+from learner.heap import HeapBound, return_freed
 from learner.losses import LOSSES, REFERENCE_FREE, zero_of
 from learner.model import DTYPES, CompletionScorer, adapters_off, load_model, load_reference
 from learner.objectives import Objective, nll_objective, preference_objective
@@ -84,6 +85,7 @@ class _StageState:
     engine: TrainingEngine
     reference: CompletionScorer | None
     reference_logps: dict[str, tuple[float, float]] = field(default_factory=dict)
+    heap: HeapBound = field(default_factory=HeapBound)
 
 
 class LearnerRank:
@@ -276,6 +278,7 @@ class LearnerRank:
             self._state = None
             self._drop_device_sender()
             gc.collect()
+            return_freed()
 
     def _drop_sender(self) -> None:
         if self._sender is not None:
@@ -337,6 +340,7 @@ class LearnerRank:
         engine = self._current.engine
         learning_rate = engine.learning_rate
         norm = engine.step()
+        self._current.heap.after_step()
         seconds = self._clock() - started
         tokens = sum(row.length for row in rows)
         return {

@@ -21,7 +21,7 @@ from bench.quality.one_process import pin
 from bench.quality.runner import Place, run_arms
 from bench.quality.table import KEPT, keep, kept, table
 from bench.quality.tasks import Task, find_task
-from learner.group import ALLOCATOR
+from learner.heap import ALLOCATOR
 from sgpo_dist.errors import SgpoError
 
 ROOT = Path("runs/quality")

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 from actors.fleet import RayFleet, gated_outcome
 from actors.rollout import RolloutSettings, RolloutWorker
 from actors.vllm_engine import VllmEngine, engine_environment
-from bench.machine import free_port
 from sgpo_dist.buffer.service import PairBuffer
 from sgpo_dist.checkpoint import CheckpointStore
 from sgpo_dist.config import Config
@@ -283,7 +282,7 @@ class Workbench:
             node_id=NODE,
         )
         if not self._joined:
-            join(0, 1, "127.0.0.1", free_port(), "gloo", config.learner.step_timeout_s)
+            join(0, 1, "127.0.0.1", 0, "gloo", config.learner.step_timeout_s)
             self._joined = True
         return LearnerRank(spec)
 

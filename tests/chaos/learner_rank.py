@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import socket
 import sys
 from pathlib import Path
 
@@ -38,10 +37,7 @@ def make_model(directory: Path) -> str:
 def make_rank(cache: Path, optimizer: str = "adamw") -> LearnerRank:
     """A group of one is joined first where there is none: DeepSpeed does that once a process."""
     if not torch.distributed.is_initialized():
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
-        join(0, 1, "127.0.0.1", port, "gloo", 60.0)
+        join(0, 1, "127.0.0.1", 0, "gloo", 60.0)  # a rank alone opens no port
     settings = LearnerConfig(zero_stage=2, max_tokens_per_micro_batch=40, threads_per_rank=1, optimizer=optimizer)
     return LearnerRank(RankSpec(0, 1, ModelConfig(dtype="float32"), settings, "shm", "float32", PROBES, f"r{os.getpid()}", 0, str(cache), 1))
 

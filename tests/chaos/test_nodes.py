@@ -9,7 +9,6 @@ import json
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import psutil
 import pytest
 from tiny_run import Runs, all_gone, make_inputs
 
+from bench.machine import free_port
 from sgpo_dist.buffer.audit import audit_run
 
 ROOT = Path(__file__).parents[2]
@@ -125,9 +125,7 @@ class Head:
     port: int = 0
 
     def __enter__(self) -> Head:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = free_port()
         self.place = Path("/tmp") / f"sgpo-{secrets.token_hex(3)}"  # short: Ray's socket paths have a limit
         command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={self.port}", f"--temp-dir={self.place}"]
         command += ["--num-cpus=2", f"--object-store-memory={256 << 20}", "--include-dashboard=false", "--disable-usage-stats"]
