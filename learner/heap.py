@@ -19,6 +19,7 @@ ALLOCATOR: Final[Mapping[str, str]] = {
 }
 """glibc keeps freed tensors instead of giving their pages back and faulting them in again at the next micro-batch."""
 GROWTH: Final = 1.25
+SHORT: Final = 0.1
 
 
 def return_freed() -> None:
@@ -33,11 +34,19 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-class HeapBound:
-    """Returns freed pages when steps of changing shapes have left ``GROWTH`` times as many as one step on a fresh heap needs."""
+def memory_is_short() -> bool:
+    """Whether less than ``SHORT`` of the machine's memory is left to others."""
+    memory = psutil.virtual_memory()
+    return bool(memory.available < SHORT * memory.total)
 
-    def __init__(self, measure: Callable[[], int] = resident, give_back: Callable[[], None] = return_freed) -> None:
-        self._measure, self._give_back = measure, give_back
+
+class HeapBound:
+    """Returns freed pages when steps of changing shapes have left ``GROWTH`` times as many as one step on a fresh heap needs, or others need them."""
+
+    def __init__(
+        self, measure: Callable[[], int] = resident, give_back: Callable[[], None] = return_freed, is_short: Callable[[], bool] = memory_is_short
+    ) -> None:
+        self._measure, self._give_back, self._is_short = measure, give_back, is_short
         self._need = 0
         self._is_fresh = True
 
@@ -45,7 +54,7 @@ class HeapBound:
         """Call after every optimiser step."""
         held = self._measure()
         if self._is_fresh:
-            self._need, self._is_fresh = max(self._need, held), False
-        elif held > GROWTH * self._need:
+            self._need = max(self._need, held)
+        self._is_fresh = held > GROWTH * self._need or self._is_short()
+        if self._is_fresh:
             self._give_back()
-            self._is_fresh = True

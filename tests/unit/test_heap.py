@@ -24,11 +24,20 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_freed_pages_go_back_once_they_outgrow_what_a_step_on_a_fresh_heap_needs(sizes: list[int], returned_after: list[int]) -> None:
-    steps, returned = iter(sizes), []
-    bound = HeapBound(lambda: next(steps), lambda: returned.append(number))
-    for number in range(1, len(sizes) + 1):  # noqa: B007 the closure above reads it
+    assert steps_that_return(sizes, short=()) == returned_after
+
+
+def test_freed_pages_go_back_after_every_step_while_the_machine_is_short_of_memory() -> None:
+    assert steps_that_return([100] * 6, short=(3, 4)) == [3, 4]
+
+
+def steps_that_return(sizes: list[int], short: tuple[int, ...]) -> list[int]:
+    """After which steps (from 1) of these resident sizes freed pages went back, memory being short after those of ``short``."""
+    steps, returned = iter(sizes), list[int]()
+    bound = HeapBound(lambda: next(steps), lambda: returned.append(number), lambda: number in short)
+    for number in range(1, len(sizes) + 1):  # noqa: B007 the closures above read it
         bound.after_step()
-    assert returned == returned_after
+    return returned
 
 
 def test_the_settings_keep_freed_pages_and_return_freed_gives_them_back() -> None:
