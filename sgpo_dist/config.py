@@ -78,7 +78,11 @@ class ModelConfig(Section):
     """The one model that plays both roles."""
 
     model_name_or_path: str = Field("embedded", description="A directory or hub name; 'embedded' is SmolLM2-135M-Instruct from a package.")
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Type the learner computes in; bfloat16 keeps fp32 master weights.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Type the learner computes in; bfloat16 keeps fp32 master weights. auto: bfloat16 on GPUs and on processors that multiply it, "
+        "else float32.",
+    )
     trust_remote_code: bool = Field(False, description="Run code shipped with the model; needs a pinned revision.")
     revision: str | None = Field(None, description="Commit hash of the hub model.")
     lora: LoraConfig = Field(default_factory=LoraConfig, description="Low-rank adapters.")

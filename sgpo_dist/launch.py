@@ -33,6 +33,7 @@ from sgpo_dist.data.embedded_model import default_cache_root, embedded_model_dir
 from sgpo_dist.data.loading import Corpus, check_lengths, load_corpus
 from sgpo_dist.data.revisions import load_revisions
 from sgpo_dist.errors import ConfigError, DataError, EnvironmentProblem, StoppedOnRequest
+from sgpo_dist.precision import settled
 from sgpo_dist.prompts import PromptBook, load_tokenizer
 from sgpo_dist.recorder import Recorder
 from sgpo_dist.report.model_card import model_card
@@ -68,6 +69,7 @@ def run_training(config: Config, resume: str = "auto") -> RunResult:
     began = time.monotonic()
     if is_copy(resume):
         bring_run(resume, config.run_dir)
+    config = settled(config)
     with RunDirectory.claim(config, resume) as directory:
         warnings: list[str] = []
         store = _store(config, directory, warnings.append)

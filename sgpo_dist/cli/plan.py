@@ -51,6 +51,7 @@ from sgpo_dist.cli.session import Session, add_config_arguments, read_config
 from sgpo_dist.config import Config
 from sgpo_dist.data.loading import BUILT_IN, Corpus, load_corpus
 from sgpo_dist.errors import EnvironmentProblem
+from sgpo_dist.precision import settled
 from sgpo_dist.run_directory import dump_redacted
 from sgpo_dist.sanitize import markup_text
 
@@ -74,7 +75,7 @@ class Plan:
 
 
 def make_plan(config: Config, machine: Machine, model: ModelFacts | None, data: DataFacts | None = None) -> Plan:
-    """The plan of ``config`` on ``machine``; ``model`` None = its files are not here, so memory is not estimated."""
+    """The plan of a settled ``config`` on ``machine``; ``model`` None = its files are not here, so memory is not estimated."""
     memory = tuple(memory_parts(config, model)) if model else ()
     disk = disk_bytes(config, model) if model else 0.0
     problems = [*_gpu_problems(config, machine, memory), *_memory_problems(machine, memory), *_data_problems(config, data)]
@@ -282,7 +283,7 @@ def some_gpus(text: str) -> tuple[Gpu, ...]:
 
 def run(args: argparse.Namespace, session: Session) -> int:
     """Print the plan; 0 when it is possible, else 3."""
-    config = read_config(args, session)
+    config = settled(read_config(args, session))
     absent = absent_data(config)
     machine, model = _surroundings(config, args.gpus)
     plan = make_plan(config, machine, model, None if absent else data_facts(config))
@@ -300,6 +301,7 @@ def run(args: argparse.Namespace, session: Session) -> int:
 
 def plan_here(config: Config) -> Plan:
     """The plan on this machine with the real data. Raises SgpoError for bad or missing data, or a broken model."""
+    config = settled(config)
     return make_plan(config, *_surroundings(config), data_facts(config))
 
 

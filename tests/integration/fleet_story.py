@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
 if TYPE_CHECKING:
     from actors.fleet import FleetSpec
     from sgpo_dist.weights.version import ProbeRow
@@ -18,11 +20,19 @@ SEEN = "seen.json"
 
 
 def told(script: str, folder: Path, seconds: float) -> dict[str, Any]:
-    """What ``python script folder`` left in ``folder/seen.json``."""
+    """What ``python script folder`` left in ``folder/seen.json``. One that takes longer ends with its cluster, which would disturb later tests."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, script, str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds, check=False)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    story = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        stdout, stderr = story.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        everyone = psutil.Process(story.pid).children(recursive=True)
+        for process in (story, *everyone):
+            process.kill()
+        stdout, stderr = story.communicate()
+        stderr += f"\nnot done after {seconds:.0f} s"
+    assert story.returncode == 0, stdout[-2000:] + stderr[-4000:]
     seen: dict[str, Any] = json.loads((folder / SEEN).read_text())
     return seen
 

@@ -1,13 +1,14 @@
 """A worker on another node than the learner's, under real Ray with a real engine: it gets the first version whole, the next as a patch.
 
 Two raylets on this machine stand for the nodes. Both could open the same files, which therefore are away while the worker takes a version.
-Bfloat16, where patches are small.
+Bfloat16, where patches are small. Processors without products of bfloat16 round otherwise: gaps of 0.07 nats were seen there.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -16,19 +17,20 @@ from fleet_story import SEEN, fleet_spec, told
 
 from sgpo_dist.weights.files import PREFIX, SHARED_MEMORY
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(660)]
+
+TOLERANCE = 0.1
 
 
 def test_a_worker_on_another_node_takes_versions_whole_and_by_patches(tmp_path: Path) -> None:
-    seen = told(__file__, tmp_path, 280)
+    seen = told(__file__, tmp_path, 600)
     print(seen)
     assert seen["node"] != seen["here"]
     assert seen["bases"][0] == ""
     assert [Path(base).name for base in seen["bases"][1:]] == ["v0", "v1"]
     assert seen["sizes"][0] == seen["file"]
     assert max(seen["sizes"][1:]) < 0.05 * seen["file"]
-    assert max(seen["gaps"]) < 6e-2
-    assert min(seen["moved"]) > 0.0  # other weights give other log-probs
+    assert max(seen["gaps"]) < TOLERANCE < min(seen["moved"])  # no version could pass for another
     assert seen["refused"].startswith("got a patch on")
     assert list(SHARED_MEMORY.glob(f"{PREFIX}-rollout-0.1.1-*")) == []
 
@@ -75,7 +77,7 @@ async def story(folder: Path) -> dict[str, object]:
         save_file({name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}, path)
         return WeightBundle(version, "shm", str(path), here, checksum_safetensors(str(path)), path.stat().st_size, (), (logps(),))
 
-    spec = fleet_spec(folder, directory, probes, "bfloat16", tolerance=6e-2, max_restarts=0)
+    spec = fleet_spec(folder, directory, probes, "bfloat16", tolerance=TOLERANCE, max_restarts=0)
     buffer = ray.remote(PairBuffer).options(num_cpus=0, max_concurrency=1000).remote(str(folder / "buffer.db"))
     launcher = RayLauncher(spec, buffer)
     worker = launcher("rollout-0.1.1", 0, 1, ())
@@ -92,7 +94,7 @@ async def story(folder: Path) -> dict[str, object]:
             away = Path(newest.uri).rename(folder / "away")  # so the worker has the payload and nothing else
             seen["gaps"].append(check_proof(newest, await worker.receive(newest), spec.tolerance))
             away.rename(newest.uri)
-            seen["moved"].append(max(abs(a - b) for a, b in zip(before, newest.probe_logps[0], strict=True)))
+            seen["moved"].append(statistics.fmean(abs(a - b) for a, b in zip(before, newest.probe_logps[0], strict=True)))
             before = newest.probe_logps[0]
         refused = ""
         worker.held = str(folder / "v1")  # not what it holds

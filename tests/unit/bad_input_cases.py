@@ -818,7 +818,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "machine",
         "engines that ask for 8 TB of memory",
-        training("rollout.kv_cache_gib=8000"),
+        training("rollout.kv_cache_gib=8000", "model.dtype=bfloat16"),
         3,
         "about 8010.8 GiB of memory needed, the machine has N GiB: lower learner.max_tokens_per_micro_batch, learner.num_ranks, "
         "rollout.num_rollout_workers or rollout.kv_cache_gib, or enable model.lora",
@@ -826,7 +826,7 @@ CASES: tuple[Case, ...] = (
     Case(
         "machine",
         "a disk that is to keep 10 PB free",
-        training("cluster.min_free_disk_gib=1e7"),
+        training("cluster.min_free_disk_gib=1e7", "model.dtype=bfloat16"),
         3,
         "about 6.3 GiB of disk needed under DIR/runs beside the 1e+07 GiB of cluster.min_free_disk_gib, N GiB is free: free space, "
         "set output_dir elsewhere, or lower checkpoint.keep_last",

@@ -128,7 +128,7 @@ def test_a_run_that_trained_predicts_from_its_own_steps() -> None:
 
 
 def test_a_gpu_is_assumed_by_name_and_a_cpu_is_not(tmp_path: Path) -> None:
-    settings = build_config({"output_dir": str(tmp_path), "learner": {"gpus_per_rank": 1}})
+    settings = build_config({"output_dir": str(tmp_path), "model": {"dtype": "bfloat16"}, "learner": {"gpus_per_rank": 1}})
     line = prediction_line(settings, (Gpu("80 GiB", 1, 1),), EMBEDDED_FACTS) or ""
     assert line.startswith("predicted: ")
     assert "assumes H100, MFU 45%" in line

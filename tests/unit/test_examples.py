@@ -25,6 +25,7 @@ from sgpo_dist.cli.session import Session
 from sgpo_dist.config import Config, load_config
 from sgpo_dist.data.loading import load_corpus
 from sgpo_dist.errors import ConfigError
+from sgpo_dist.precision import settled
 from sgpo_dist.starter.orders import exact, field_score
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +46,7 @@ def machine(count: int, memory_gib: int) -> Machine:
 
 def plan_of(config: Config, where: Machine) -> Plan:
     facts = None if absent_data(config) else data_facts(config)
-    return make_plan(config, where, model_facts(config.model.model_name_or_path), facts)
+    return make_plan(settled(config), where, model_facts(config.model.model_name_or_path), facts)
 
 
 def value(plan: Plan, name: str) -> str:

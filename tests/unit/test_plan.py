@@ -35,7 +35,7 @@ DATA = DataFacts(references=40, prompts=100, heldout=20)
 
 
 def config(**tree: Any) -> Config:
-    return build_config(tree)
+    return build_config({**tree, "model": {"dtype": "bfloat16", **tree.get("model", {})}})
 
 
 def plan(settings: Config, machine: Machine = LAPTOP, model: ModelFacts | None = EMBEDDED_FACTS, data: DataFacts | None = DATA) -> Plan:
