@@ -1,11 +1,12 @@
 """One DPO optimiser step: our learner against TRL's DPOTrainer on the same pairs, beta, learning rate and optimiser settings.
 
 Arms: ``ours``, ``defaults`` (TRL as it comes: float32 weights under bf16 autocast, gradient checkpointing, the reference scored in
-each step) and ``tuned`` (TRL with bf16 weights, without checkpointing, the reference scored beforehand). What is counted: forward,
-backward and update. ``ours`` is timed twice: with fresh pairs, whose reference it has to score (against ``defaults``), and with known ones
-(against ``tuned``). Guard, ``exact`` and ``exact_trl``: in float32, on few pairs, ten losses and the log-probs after them. ``shared`` and
-``apart`` (goal C3): our step on pairs whose texts share their first half, with and without computing it once. With a CUDA device:
-``measure_gpu``. Called by ``python -m bench``; also run as a child of itself.
+each step) and ``tuned`` (TRL with bf16 weights, without checkpointing, the reference scored beforehand), all in float32 where the
+processor has no products of bf16. What is counted: forward, backward and update. ``ours`` is timed twice: with fresh pairs, whose
+reference it has to score (against ``defaults``), and with known ones (against ``tuned``). Guard, ``exact`` and ``exact_trl``: in
+float32, on few pairs, ten losses and the log-probs after them. ``shared`` and ``apart`` (goal C3): our step on pairs whose texts share
+their first half, with and without computing it once. With a CUDA device: ``measure_gpu``. Called by ``python -m bench``; also run as a
+child of itself.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, Final
 from bench.machine import THREADS, Line, answer, environment, free_port, run_arm, seconds
 from sgpo_dist.config import LearnerConfig, ModelConfig
 from sgpo_dist.data.embedded_model import default_cache_root, embedded_model_dir
+from sgpo_dist.precision import processor_dtype
 from sgpo_dist.prompts import PromptBook, load_tokenizer
 from sgpo_dist.records import Completion, FinishReason, Message, PreferencePair, Prompt, Stage, TokenExample
 from sgpo_dist.roles import LearnerStage, LossPlan, OptimiserPlan
@@ -392,7 +394,7 @@ def main() -> None:
     parser.add_argument("--arm", choices=["ours", "shared", "apart", "defaults", "tuned", "exact", "exact_trl", "logps"], required=True)
     parser.add_argument("--pairs", type=int, default=PAIRS)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default=processor_dtype())
     parser.add_argument("--gpu", type=int, default=0)
     options = parser.parse_args()
 

@@ -5,8 +5,9 @@ the model is saved and loaded again. Counted from the first generation to the re
 ``sgpo``: a run of the preference stage alone, four steps of 16 pairs, one publication after them. ``online``: TRL's OnlineDPOTrainer, which
 answers every prompt twice with the newest model and lets a stub (the longer answer) choose; ``judged``: our run with two answers a prompt, the
 same stub, and a version after each step. Our runs are counted from version 0 on all workers, which is when the first prompt is leased, to the
-last version on all workers; starting Ray, engine and learner is not, and neither is the export at the end. Guard: finite losses and the same
-number of pairs trained. Called by ``python -m bench``; also run as a child of itself.
+last version on all workers; starting Ray, engine and learner is not, and neither is the export at the end. All train in the type that suits the
+processor (sgpo_dist/precision.py). Guard: finite losses and the same number of pairs trained. Called by ``python -m bench``; also run as
+a child of itself.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any, Final
 from bench.dpo_step import BETA, LEARNING_RATE, build_trainer
 from bench.machine import THREADS, Line, answer, environment, run_arm, seconds
 from sgpo_dist.data.embedded_model import embedded_model_dir
+from sgpo_dist.precision import processor_dtype
 from sgpo_dist.prompts import PromptBook, load_tokenizer
 from sgpo_dist.records import Message, Prompt
 from sgpo_dist.starter import chat
@@ -75,9 +77,10 @@ def run_naive() -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(0)
+    dtype = processor_dtype()
     book = PromptBook(load_tokenizer(embedded_model_dir()))
     tokenizer: Any = AutoTokenizer.from_pretrained(embedded_model_dir(), padding_side="left")
-    model: Any = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=getattr(torch, dtype))
     import trl  # noqa: F401 seconds of import belong to the start, which is not counted
 
     prompts = [Prompt(row["id"], (Message("user", row["prompt"]),)) for row in chat.rows("train")[:PAIRS]]
@@ -92,11 +95,11 @@ def run_naive() -> dict[str, Any]:
             {"prompt": tokenizer.decode(list(book.policy_ids(prompt))), "chosen": chosen, "rejected": rejected}
             for prompt, chosen, rejected in zip(prompts, refinements, responses, strict=True)
         ]
-        trainer, _ = build_trainer(model, rows, folder, BATCH, STEPS, dtype="bfloat16", tuned=True)
+        trainer, _ = build_trainer(model, rows, folder, BATCH, STEPS, dtype=dtype, tuned=True)
         trainer.train()
         marks.append(time.perf_counter())
         trainer.model.save_pretrained(folder)
-        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
         marks.append(time.perf_counter())
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     names = ("answer", "rewrite", "train", "save and reload")
@@ -130,13 +133,14 @@ def run_online() -> dict[str, Any]:
     def longer(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
         return [length(completion[0]["content"]) for completion in completions]
 
-    model: Any = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.bfloat16)
+    dtype = processor_dtype()
+    model: Any = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=getattr(torch, dtype))
     data = Dataset.from_list([{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in chat.rows("train")[:PAIRS]])
     with tempfile.TemporaryDirectory(prefix="sgpo-bench-") as folder:
         settings = OnlineDPOConfig(
             output_dir=folder,
             use_cpu=True,
-            bf16=True,
+            bf16=dtype == "bfloat16",
             beta=[BETA],
             learning_rate=LEARNING_RATE,
             lr_scheduler_type="constant",

@@ -212,6 +212,21 @@ def test_requests_in_flight_survive_an_update_and_keep_their_older_stamp(
     assert later.version == version + 1 == engine.version
 
 
+def test_what_begins_after_an_update_reads_no_older_prefix(run: Run[Any], engine: VllmEngine, book: PromptBook, reference: Reference) -> None:
+    import torch
+
+    prompt = Prompt("long", (Message("user", "Write about the sea. " * 60),))  # longer than a block of the cache, which alone is shared
+    ids = book.policy_ids(prompt)
+    before = run(engine.generate(request(book, prompt, 0, GREEDY, "before")))
+    reference.perturbed(4)
+    run(engine.receive(reference.bundle(engine.version + 1)))
+    after = run(engine.generate(request(book, prompt, 0, GREEDY, "after")))
+    with torch.no_grad():
+        whole = reference.model.generate(torch.tensor([ids]), max_new_tokens=GREEDY.max_new_tokens, do_sample=False)
+    assert after.token_ids == tuple(whole[0, len(ids) :].tolist())
+    assert after.token_ids != before.token_ids
+
+
 OWNER = """
 import asyncio, os, sys
 from dataclasses import replace
