@@ -80,7 +80,7 @@ def _guard() -> tuple[str, bool]:
 
 
 def _use(arms: Sequence[Mapping[str, Any]]) -> str:
-    """Of the learner's step: 6 FLOPs a weight and token (of the head: a scored token) by the rate of plain bf16 products of the same shapes."""
+    """Of the learner's step: 6 FLOPs a weight and token (of the head: a scored token) by the rate of plain products of the same shapes and type."""
     took, rate = statistics.median(seconds(arms, "step_s")), max(float(arm["gemm_gflops"]) for arm in arms)
     done = float(arms[0]["gflop"]) / took
     return f"ours: {done:.0f} GFLOP/s of its model's products, {done / rate:.0%} of the {rate:.0f} GFLOP/s that these reach alone"
@@ -116,7 +116,7 @@ def measure_gpu(timed_steps: int) -> list[str]:
     if not torch.cuda.is_available():
         return ["gpu: skipped, there is no CUDA device here"]
     gpu, cpu = environment(allocator=False, gpu=True), environment(allocator=True)
-    step = run_arm(MODULE, "ours", {"pairs": GPU_PAIRS, "steps": timed_steps + 2, "gpu": 1}, gpu)
+    step = run_arm(MODULE, "ours", {"pairs": GPU_PAIRS, "steps": timed_steps + 2, "dtype": "bfloat16", "gpu": 1}, gpu)
     took = statistics.median(step["step_s"])
     lines = [f"gpu: {torch.cuda.get_device_name(0)}, bf16, {GPU_PAIRS} pairs: {took:.3f} s a step, {step['tokens'] / took:.0f} tokens/s"]
     lines.append(_mfu(torch.cuda.get_device_name(0), step["parameters"], step["tokens"], took))
