@@ -33,6 +33,7 @@ from sgpo_dist.data.embedded_model import default_cache_root, embedded_model_dir
 from sgpo_dist.data.loading import Corpus, check_lengths, load_corpus
 from sgpo_dist.data.revisions import load_revisions
 from sgpo_dist.errors import ConfigError, DataError, EnvironmentProblem, StoppedOnRequest
+from sgpo_dist.placement import engine_dtype, gpus_needed, on_gpu, transport
 from sgpo_dist.precision import settled
 from sgpo_dist.prompts import PromptBook, load_tokenizer
 from sgpo_dist.recorder import Recorder
@@ -203,14 +204,13 @@ async def _assemble(attempt: Attempt, stop: StopRequest, parts: Parts) -> Run:
 
     copier = _start_copier(config, directory, recorder, parts)
     start_model = inputs.model if progress.stage == config.stages[0] else directory.stage_model(_stage_before(config, progress.stage))
-    placement = place(config)
     handle, incarnation = await _start_buffer(directory, parts)
     for stage, step in settled_by(checkpoint.facts) if checkpoint is not None else ():
         await RemoteBuffer(handle).restore(incarnation, stage, step)
     probes = probe_rows(inputs.corpus, inputs.book, config.weights.num_probes)
-    fleet = RayFleet(fleet_spec(config, directory, placement, probes, start_model), handle, recorder.event)
+    fleet = RayFleet(fleet_spec(config, directory, probes, start_model), handle, recorder.event)
     parts.ends.append(fleet.stop)
-    learner = LearnerGroup(group_spec(config, directory, placement, probes), fleet.weight_client)
+    learner = LearnerGroup(group_spec(config, directory, probes), fleet.weight_client)
     parts.ends.append(learner.stop)
     recorder.status(doing="starting the engines and the learner")
     await asyncio.gather(fleet.start(config.rollout.num_rollout_workers), _start_learner(learner, recorder))
@@ -227,7 +227,7 @@ async def _assemble(attempt: Attempt, stop: StopRequest, parts: Parts) -> Run:
         recorder=recorder,
         incarnation=incarnation,
         progress=progress,
-        tolerance=probe_tolerance(config, placement),
+        tolerance=probe_tolerance(config),
         restored_from=checkpoint.path if checkpoint else None,
         stop=stop,
     )
@@ -366,32 +366,11 @@ async def _look_for_requests(directory: RunDirectory, ask: Callable[[str], None]
 # ---- where things run -------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Which devices, types and transport a configuration means."""
-
-    rollout_device: str
-    engine_dtype: str
-    transport: str
-
-
-def place(config: Config) -> Placement:
-    """Resolve the configuration's 'auto' values. GPUs are used when the learner asks for them."""
-    on_gpu = config.learner.gpus_per_rank > 0
-    dtype = config.rollout.dtype
-    if dtype == "auto":
-        dtype = config.model.dtype if on_gpu else "float32"
-    transport = config.weights.transport
-    if transport == "auto":
-        transport = ("ipc" if config.learner.gpus_per_rank < 1 else "nccl") if on_gpu else "shm"
-    return Placement("cuda" if on_gpu else "cpu", dtype, transport)
-
-
-def probe_tolerance(config: Config, placement: Placement) -> float:
+def probe_tolerance(config: Config) -> float:
     """Mean |log-prob gap| allowed at the proof, in nats. The learner scores probes in the engine's own type, so only kernels differ."""
     if config.weights.probe_tolerance is not None:
         return config.weights.probe_tolerance
-    return 2e-3 if placement.engine_dtype == "float32" else 6e-2
+    return 2e-3 if engine_dtype(config) == "float32" else 6e-2
 
 
 @contextmanager
@@ -427,15 +406,11 @@ def _protect_token() -> None:
 
 
 def _require_gpus(config: Config) -> None:
-    if not config.learner.gpus_per_rank:
-        return
-    learner = config.learner.gpus_per_rank * config.learner.num_ranks
-    engines = config.rollout.num_rollout_workers * config.rollout.tensor_parallel_size
-    needed = max(learner, engines) if config.learner.gpus_per_rank < 1 else learner + engines
-    there = ray.cluster_resources().get("GPU", 0.0)
+    needed = gpus_needed(config)
+    there = ray.cluster_resources().get("GPU", 0.0) if needed else 0.0
     if there < needed:
         raise EnvironmentProblem(
-            f"the run asks for {needed:g} GPUs and the cluster has {there:g}; lower learner.num_ranks or rollout.num_rollout_workers"
+            f"the run asks for {needed} GPUs and the cluster has {there:g}; lower learner.num_ranks or rollout.num_rollout_workers"
         )
 
 
@@ -458,13 +433,13 @@ def _this_node() -> NodeAffinitySchedulingStrategy:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
-def group_spec(config: Config, directory: RunDirectory, placement: Placement, probes: tuple[ProbeRow, ...]) -> GroupSpec:
+def group_spec(config: Config, directory: RunDirectory, probes: tuple[ProbeRow, ...]) -> GroupSpec:
     """What the learner's ranks need."""
     return GroupSpec(
         model=config.model,
         learner=config.learner,
-        transport=placement.transport,
-        engine_dtype=placement.engine_dtype,
+        transport=transport(config),
+        engine_dtype=engine_dtype(config),
         probes=probes,
         seed=config.seed,
         cache_dir=str(default_cache_root()),
@@ -472,20 +447,20 @@ def group_spec(config: Config, directory: RunDirectory, placement: Placement, pr
     )
 
 
-def engine_spec(config: Config, placement: Placement, probes: tuple[ProbeRow, ...], model_dir: Path) -> EngineSpec:
+def engine_spec(config: Config, probes: tuple[ProbeRow, ...], model_dir: Path) -> EngineSpec:
     """What a rollout worker's engine needs."""
     rollout = config.rollout
     return EngineSpec(
         model_dir=str(model_dir),
-        dtype=placement.engine_dtype,
+        dtype=engine_dtype(config),
         max_model_len=rollout.max_model_len,
         tensor_parallel_size=rollout.tensor_parallel_size,
         kv_cache_gib=rollout.kv_cache_gib,
         gpu_memory_utilization=rollout.gpu_memory_utilization,
-        transport=placement.transport,
+        transport=transport(config),
         engine_kwargs=rollout.engine_kwargs,
         probes=probes,
-        device=placement.rollout_device,
+        device="cuda" if on_gpu(config) else "cpu",
         seed=config.seed,
         log_level=config.logging.level,
         max_num_seqs=rollout.concurrency,
@@ -494,13 +469,12 @@ def engine_spec(config: Config, placement: Placement, probes: tuple[ProbeRow, ..
     )
 
 
-def fleet_spec(config: Config, directory: RunDirectory, placement: Placement, probes: tuple[ProbeRow, ...], model_dir: Path) -> FleetSpec:
+def fleet_spec(config: Config, directory: RunDirectory, probes: tuple[ProbeRow, ...], model_dir: Path) -> FleetSpec:
     """What the fleet makes its workers from."""
     rollout = config.rollout
-    on_gpu = placement.rollout_device == "cuda"
     shared = config.learner.gpus_per_rank % 1  # a learner that takes part of a GPU leaves the rest to the engine beside it
     return FleetSpec(
-        engine=engine_spec(config, placement, probes, model_dir),
+        engine=engine_spec(config, probes, model_dir),
         template=rollout.template,
         gate=config.preference.pair_gate,
         concurrency=rollout.concurrency,
@@ -510,11 +484,11 @@ def fleet_spec(config: Config, directory: RunDirectory, placement: Placement, pr
         heartbeat_timeout_s=rollout.heartbeat_timeout_s,
         receive_timeout_s=config.weights.timeout_s,
         max_restarts=rollout.max_restarts,
-        tolerance=probe_tolerance(config, placement),
+        tolerance=probe_tolerance(config),
         log_dir=str(directory.logs),
         attempt=directory.incarnation,
         num_cpus=FRACTION_OF_A_CORE,
-        num_gpus=(1.0 - shared if shared else float(rollout.tensor_parallel_size)) if on_gpu else 0.0,
+        num_gpus=(1.0 - shared if shared else float(rollout.tensor_parallel_size)) if on_gpu(config) else 0.0,
     )
 
 

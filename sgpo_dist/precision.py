@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 import yaml
 
 from sgpo_dist.config import Config
+from sgpo_dist.placement import on_gpu
 from sgpo_dist.run_directory import CONFIG_NAME
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
@@ -18,8 +19,7 @@ def settled(config: Config) -> Config:
     """The configuration with ``model.dtype`` decided (docs/adr/0010-precision-by-processor.md)."""
     if config.model.dtype != "auto":
         return config
-    on_gpu = config.learner.gpus_per_rank > 0
-    dtype = _recorded(config) or ("bfloat16" if on_gpu else processor_dtype())
+    dtype = _recorded(config) or ("bfloat16" if on_gpu(config) else processor_dtype())
     return config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
 
 

@@ -1,4 +1,4 @@
-"""How much memory and disk a configuration takes, and which devices: formulas on a configuration and a model's facts.
+"""How much memory and disk a configuration takes: formulas on a configuration and a model's facts.
 
 Called by ``plan``. Estimates, good to about a quarter: weights, fp32 master, Adam's two moments, gradients, activations, KV cache, and
 what the processes take before any of it. Left out: whether the machine has that much.
@@ -12,6 +12,7 @@ from typing import Final
 
 from sgpo_dist.cli.model_facts import ModelFacts
 from sgpo_dist.config import Config
+from sgpo_dist.placement import engine_dtype, on_gpu, transport
 
 GIB: Final = 2**30
 RANK_BASE: Final = 1.1 * GIB
@@ -33,40 +34,6 @@ class Memory:
     num_bytes: float
     on_gpu: bool
     why: str
-
-
-# ---- devices -------------------------------------------------------------------------------------------------------------------
-
-
-def on_gpu(config: Config) -> bool:
-    """Whether this is a GPU recipe: learner and engines then both take devices."""
-    return config.learner.gpus_per_rank > 0
-
-
-def gpus_needed(config: Config) -> int:
-    """Devices the run asks for. Ranks with a fraction of a device share theirs with engines, which take the rest of it."""
-    per_rank = config.learner.gpus_per_rank
-    engines = config.rollout.num_rollout_workers * config.rollout.tensor_parallel_size
-    if not per_rank:
-        return 0
-    learner = config.learner.num_ranks * per_rank
-    return max(math.ceil(learner), engines) if per_rank < 1 else math.ceil(learner) + engines
-
-
-def transport(config: Config) -> str:
-    """The weight transport that ``weights.transport`` comes down to."""
-    if config.weights.transport != "auto":
-        return config.weights.transport
-    if not on_gpu(config):
-        return "shm"
-    return "ipc" if config.learner.gpus_per_rank < 1 else "nccl"
-
-
-def engine_dtype(config: Config) -> str:
-    """The type of the engine's weights."""
-    if config.rollout.dtype != "auto":
-        return config.rollout.dtype
-    return config.model.dtype if on_gpu(config) else "float32"
 
 
 # ---- memory and disk -----------------------------------------------------------------------------------------------------------

@@ -33,16 +33,12 @@ from sgpo_dist.cli.estimate import (
     Memory,
     checkpoints_kept,
     disk_bytes,
-    engine_dtype,
     gib,
-    gpus_needed,
     memory_parts,
     models_kept,
-    on_gpu,
     plural,
     shared_bytes,
     smallest_gpu,
-    transport,
 )
 from sgpo_dist.cli.machine import Gpu, Machine, observe_machine
 from sgpo_dist.cli.model_facts import ModelFacts, model_facts
@@ -51,6 +47,7 @@ from sgpo_dist.cli.session import Session, add_config_arguments, read_config
 from sgpo_dist.config import Config
 from sgpo_dist.data.loading import BUILT_IN, Corpus, load_corpus
 from sgpo_dist.errors import EnvironmentProblem
+from sgpo_dist.placement import engine_dtype, gpus_needed, on_gpu, transport
 from sgpo_dist.precision import settled
 from sgpo_dist.run_directory import dump_redacted
 from sgpo_dist.sanitize import markup_text

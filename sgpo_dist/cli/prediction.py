@@ -11,11 +11,12 @@ from itertools import pairwise
 from statistics import median
 
 from sgpo_dist.cli.arithmetic import IMPROVER_OVERHEAD_TOKENS, is_online, pair_tokens
-from sgpo_dist.cli.estimate import DTYPE_BYTES, engine_dtype, kv_token_bytes, needs_reference, on_gpu
+from sgpo_dist.cli.estimate import DTYPE_BYTES, kv_token_bytes, needs_reference
 from sgpo_dist.cli.machine import Gpu
 from sgpo_dist.cli.model_facts import ModelFacts
 from sgpo_dist.config import Config
 from sgpo_dist.cost_model import A100, H100, H200, HOUR_S, Bottleneck, Decoder, Device, RatesOf, Workload, predict
+from sgpo_dist.placement import engine_dtype, on_gpu
 from sgpo_dist.recorder import MetricRow, read_metrics
 from sgpo_dist.records import Stage
 

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from sgpo_dist.cli.arithmetic import DataFacts
-from sgpo_dist.cli.estimate import GIB, on_gpu
+from sgpo_dist.cli.estimate import GIB
 from sgpo_dist.cli.machine import Gpu, Machine
 from sgpo_dist.cli.main import guarded
 from sgpo_dist.cli.model_facts import model_facts
@@ -25,6 +25,7 @@ from sgpo_dist.cli.session import Session
 from sgpo_dist.config import Config, load_config
 from sgpo_dist.data.loading import load_corpus
 from sgpo_dist.errors import ConfigError
+from sgpo_dist.placement import on_gpu
 from sgpo_dist.precision import settled
 from sgpo_dist.starter.orders import exact, field_score
 

@@ -16,18 +16,17 @@ from sgpo_dist.cli.estimate import (
     RANK_BASE,
     disk_bytes,
     engine_bytes,
-    gpus_needed,
     kv_token_bytes,
     rank_bytes,
     shared_bytes,
     smallest_gpu,
-    transport,
 )
 from sgpo_dist.cli.machine import Gpu, Machine, parse_gpus
 from sgpo_dist.cli.model_facts import EMBEDDED_FACTS, ModelFacts, directory_facts, model_facts, published_facts
 from sgpo_dist.cli.plan import Plan, absent_data, make_plan, refuse_problems, some_gpus
 from sgpo_dist.config import Config, build_config
 from sgpo_dist.errors import ConfigError, EnvironmentProblem
+from sgpo_dist.placement import gpus_needed, transport
 
 LAPTOP = Machine(cores=2, ram=24 * GIB, ram_available=20 * GIB, disk_free=100 * GIB, shm_free=12 * GIB)
 ONE_GPU = replace(LAPTOP, gpus=(Gpu("H200", 141 * GIB, 140 * GIB),))
