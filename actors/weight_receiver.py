@@ -2,7 +2,8 @@
 
 vLLM imports this file there (``worker_extension_cls``), which registers our transport "shm" beside vLLM's own "nccl" and "ipc".
 ``vllm_engine`` drives it: read -> pause -> start, update, finish -> resume. Also holds the requests of all three transports, so that
-learner and engine agree on them, and ends the engine's processes when the process that owns them is gone. Proving is not done here.
+learner and engine agree on them, ends the engine's processes when the process that owns them is gone, and on processors gives vLLM's sampler a filter
+that need not sort (``nucleus``). Proving is not done here.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
+from vllm.v1.sample.ops import topk_topp_sampler
 
+from actors.nucleus import without_sorting
 from sgpo_dist.weights.checksum import checksum_safetensors
 
 SHM = "shm"
@@ -244,6 +248,8 @@ def _enter_worker() -> None:
     """Done once, on import: vLLM resolves its extension class by import and offers no later moment in a worker's start."""
     if SHM not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(SHM, ShmReceiver)
+        if current_platform.is_cpu():
+            topk_topp_sampler.apply_top_k_top_p_pytorch = without_sorting(topk_topp_sampler.apply_top_k_top_p_pytorch)
     owner = int(os.environ.get(OWNER_VARIABLE, "0"))
     if owner and owner != os.getpid():
         follow_owner(owner)

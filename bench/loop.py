@@ -5,9 +5,9 @@ the model is saved and loaded again. Counted from the first generation to the re
 ``sgpo``: a run of the preference stage alone, four steps of 16 pairs, one publication after them. ``online``: TRL's OnlineDPOTrainer, which
 answers every prompt twice with the newest model and lets a stub (the longer answer) choose; ``judged``: our run with two answers a prompt, the
 same stub, and a version after each step. Our runs are counted from version 0 on all workers, which is when the first prompt is leased, to the
-last version on all workers; starting Ray, engine and learner is not, and neither is the export at the end. All train in the type that suits the
-processor (sgpo_dist/precision.py). Guard: finite losses and the same number of pairs trained. Called by ``python -m bench``; also run as
-a child of itself.
+last version on all workers; starting Ray, engine and learner is not, and neither is the export at the end. All train and generate in the type
+that suits the processor (sgpo_dist/precision.py). Guard: finite losses and the same number of pairs trained. Called by ``python -m bench``;
+also run as a child of itself.
 """
 
 from __future__ import annotations
@@ -187,6 +187,7 @@ def overrides(output_dir: str, judged: bool) -> list[str]:
         "preference.learning_rate": LEARNING_RATE,
         "preference.warmup_ratio": 0.0,
         "preference.pair_gate.require_eos": "false",
+        "rollout.dtype": processor_dtype(),
         "rollout.max_model_len": 768,
         "rollout.concurrency": 32,
         "learner.train_batch_size": BATCH,
