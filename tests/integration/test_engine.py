@@ -182,6 +182,16 @@ def test_the_prefix_cache_does_not_touch_log_probs(run: Run[Any], engine: VllmEn
     assert mean_abs_gap(fresh, again) < 1e-5
 
 
+def test_a_prompt_shorter_than_vllms_own_block_is_found_in_the_prefix_cache_again(run: Run[Any], engine: VllmEngine, book: PromptBook) -> None:
+    from vllm import SamplingParams
+
+    ids = book.policy_ids(questions(1)[0])
+    assert 32 < len(ids) < 128
+    outputs = [run(engine._run(f"again-{i}", ids, SamplingParams(temperature=0.0, max_tokens=8))) for i in range(2)]
+    assert outputs[1].num_cached_tokens >= 32
+    assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
+
+
 def test_same_seed_and_version_give_the_same_answer_alone_and_in_a_crowd(run: Run[Any], engine: VllmEngine, book: PromptBook) -> None:
     """The crowd's prompts together exceed one prefill budget: cut into chunks, seeded requests kill vLLM's CPU worker."""
     prompts = questions(64)
