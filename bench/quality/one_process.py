@@ -26,7 +26,8 @@ from sgpo_dist.curriculum import sft_examples
 from sgpo_dist.data.embedded_model import default_cache_root
 from sgpo_dist.data.loading import Corpus
 from sgpo_dist.errors import RunFailed
-from sgpo_dist.launch import engine_spec, fleet_spec, model_directory, place, probe_rows, probe_tolerance
+from sgpo_dist.launch import engine_spec, fleet_spec, model_directory, probe_rows, probe_tolerance
+from sgpo_dist.placement import engine_dtype
 from sgpo_dist.prompts import PromptBook, load_tokenizer
 from sgpo_dist.recorder import Recorder
 from sgpo_dist.records import Completion, PreferencePair, Prompt, Stage, TokenExample
@@ -155,11 +156,10 @@ class Workbench:
         """``config`` decides the engine (context, type, concurrency), ``corpus`` the probes; every run must agree on these."""
         self._core = core
         self._log = log
-        self._placement = place(config)
         self._model = model_directory(config)
         self._book = PromptBook(load_tokenizer(self._model), config.rollout.template)
         self._probes = probe_rows(corpus, self._book, config.weights.num_probes)
-        spec = replace(engine_spec(config, self._placement, self._probes, self._model), cpu_cores=(core,), worker_id="bench", stuck_s=600.0)
+        spec = replace(engine_spec(config, self._probes, self._model), cpu_cores=(core,), worker_id="bench", stuck_s=600.0)
         spec = replace(spec, stop_token_ids=(self._book.eos_id,))
         os.environ.update(engine_environment(spec))
         self._engine = VllmEngine(spec)
@@ -199,7 +199,7 @@ class Workbench:
         try:
             await learner.begin_stage(LearnerStage(Stage.SFT, str(model), OptimiserPlan(config.sft.learning_rate, 1)))
             bundle = await learner.publish(0)
-            check_proof(bundle, await self._engine.receive(bundle), probe_tolerance(config, self._placement))
+            check_proof(bundle, await self._engine.receive(bundle), probe_tolerance(config))
         finally:
             await learner.stop()
 
@@ -247,11 +247,11 @@ class Workbench:
             recorder=recorder,
             incarnation=incarnation,
             progress=Progress(config.stages[0]),
-            tolerance=probe_tolerance(config, self._placement),
+            tolerance=probe_tolerance(config),
         )
 
     def _fleet(self, config: Config, directory: RunDirectory, buffer: PairBuffer, recorder: Recorder) -> RayFleet:
-        spec = fleet_spec(config, directory, self._placement, self._probes, self._model)
+        spec = fleet_spec(config, directory, self._probes, self._model)
         settings = RolloutSettings("bench", config.rollout.max_model_len, spec.tolerance, config.rollout.concurrency, config.rollout.lease_s)
         gate = partial(gated_outcome, config.preference.pair_gate)
 
@@ -273,7 +273,7 @@ class Workbench:
             model=config.model,
             learner=config.learner,
             transport="shm",
-            engine_dtype=self._placement.engine_dtype,
+            engine_dtype=engine_dtype(config),
             probes=self._probes,
             nonce=f"bench-{os.getpid()}",
             seed=config.seed,
