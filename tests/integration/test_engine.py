@@ -238,6 +238,44 @@ def test_what_begins_after_an_update_reads_no_older_prefix(run: Run[Any], engine
     assert after.token_ids != before.token_ids
 
 
+def test_a_nucleus_holds_all_that_is_sampled_and_needs_no_sorting(run: Run[Any], engine: VllmEngine, book: PromptBook, reference: Reference) -> None:
+    """Mixed with requests that ask for something else; the first token, by transformers' own probabilities."""
+    import torch
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    import actors.weight_receiver  # noqa: F401 what every worker of an engine imports
+
+    assert topk_topp_sampler.apply_top_k_top_p_pytorch.__module__ == "actors.nucleus"
+    prompt, p = questions(1)[0], 0.8
+    narrow, wide = (Sampling(temperature=1.5, top_p=share, top_k=0, max_new_tokens=1) for share in (p, 1.0))
+    requests = [request(book, prompt, seed, how, f"n{seed}-{how.top_p}") for seed in range(24) for how in (narrow, wide)]
+    answers = run(together(engine, requests))
+    with torch.no_grad():
+        logits_V = reference.model(torch.tensor([book.policy_ids(prompt)])).logits[0, -1]
+    values_V, places_V = (logits_V / 1.5).softmax(-1).sort(descending=True)
+    nucleus = set(places_V[values_V.cumsum(-1) - values_V < p].tolist())
+    inside, outside = ([answer.token_ids[0] in nucleus for answer in answers[start::2]] for start in (0, 1))
+    assert 1 < len(nucleus) < logits_V.numel()
+    assert all(inside)
+    assert not all(outside)
+
+
+def test_vllms_own_filter_keeps_what_ours_keeps() -> None:
+    import torch
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    import actors.weight_receiver  # noqa: F401 puts ours in its place
+    from actors.nucleus import WIDTH
+
+    ours = topk_topp_sampler.apply_top_k_top_p_pytorch
+    theirs = inspect.getclosurevars(ours).nonlocals["by_sorting"]
+    logits_B_V = 4 * torch.randn(6, 4 * WIDTH, generator=torch.Generator().manual_seed(0))
+    k_B, p_B = torch.tensor([1, 5, 4 * WIDTH, 40, 900, 300]), torch.tensor([0.9, 0.8, 0.95, 0.5, 0.99, 0.3])
+    kept, expected = (torch.isfinite(apply(logits_B_V.clone(), k_B, p_B, True)) for apply in (ours, theirs))
+    assert kept.sum() > 100
+    assert float((logits_B_V.softmax(-1) * (kept ^ expected)).sum()) < 1e-4  # a token at the edge may fall on either side
+
+
 OWNER = """
 import asyncio, os, sys
 from dataclasses import replace
@@ -300,44 +338,6 @@ def test_foreign_bytes_are_refused_and_the_engine_dies_with_its_owner(tmp_path: 
 
 
 # ---- the transports of GPUs, at their seams -----------------------------------------------------------------------------------------
-
-
-def test_a_nucleus_holds_all_that_is_sampled_and_needs_no_sorting(run: Run[Any], engine: VllmEngine, book: PromptBook, reference: Reference) -> None:
-    """Mixed with requests that ask for something else; the first token, by transformers' own probabilities."""
-    import torch
-    from vllm.v1.sample.ops import topk_topp_sampler
-
-    import actors.weight_receiver  # noqa: F401 what every worker of an engine imports
-
-    assert topk_topp_sampler.apply_top_k_top_p_pytorch.__module__ == "actors.nucleus"
-    prompt, p = questions(1)[0], 0.8
-    narrow, wide = (Sampling(temperature=1.5, top_p=share, top_k=0, max_new_tokens=1) for share in (p, 1.0))
-    requests = [request(book, prompt, seed, how, f"n{seed}-{how.top_p}") for seed in range(24) for how in (narrow, wide)]
-    answers = run(together(engine, requests))
-    with torch.no_grad():
-        logits_V = reference.model(torch.tensor([book.policy_ids(prompt)])).logits[0, -1]
-    values_V, places_V = (logits_V / 1.5).softmax(-1).sort(descending=True)
-    nucleus = set(places_V[values_V.cumsum(-1) - values_V < p].tolist())
-    inside, outside = ([answer.token_ids[0] in nucleus for answer in answers[start::2]] for start in (0, 1))
-    assert 1 < len(nucleus) < logits_V.numel()
-    assert all(inside)
-    assert not all(outside)
-
-
-def test_vllms_own_filter_keeps_what_ours_keeps() -> None:
-    import torch
-    from vllm.v1.sample.ops import topk_topp_sampler
-
-    import actors.weight_receiver  # noqa: F401 puts ours in its place
-    from actors.nucleus import WIDTH
-
-    ours = topk_topp_sampler.apply_top_k_top_p_pytorch
-    theirs = inspect.getclosurevars(ours).nonlocals["by_sorting"]
-    logits_B_V = 4 * torch.randn(6, 4 * WIDTH, generator=torch.Generator().manual_seed(0))
-    k_B, p_B = torch.tensor([1, 5, 4 * WIDTH, 40, 900, 300]), torch.tensor([0.9, 0.8, 0.95, 0.5, 0.99, 0.3])
-    kept, expected = (torch.isfinite(apply(logits_B_V.clone(), k_B, p_B, True)) for apply in (ours, theirs))
-    assert kept.sum() > 100
-    assert float((logits_B_V.softmax(-1) * (kept ^ expected)).sum()) < 1e-4  # a token at the edge may fall on either side
 
 
 def test_vllm_takes_our_requests_for_its_own_transports() -> None:

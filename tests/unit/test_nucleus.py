@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -77,7 +75,7 @@ def test_equal_logits_at_the_k_th_place_are_left_to_sorting() -> None:
 
 @pytest.mark.parametrize("arguments", [(torch.full((ROWS,), 40), None), (None, None)])
 def test_without_a_nucleus_it_is_the_other_filters_business(arguments: tuple[Tensor | None, Tensor | None]) -> None:
-    calls: list[Callable[..., Tensor] | Tensor] = []
+    calls: list[Tensor] = []
 
     def other(logits_B_V: Tensor, *_: object) -> Tensor:
         calls.append(logits_B_V)
