@@ -13,8 +13,9 @@ Everything but ``PointerProposer`` is pure: a request's trail is a function of i
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -30,6 +31,8 @@ AHEAD: Final = 24
 MEMORY: Final = 0.8
 FIRST_RATE: Final = 0.7
 """The rate of hits is a moving average over about five tokens; a rewrite is trusted that much before its first token."""
+MARGIN: Final = 1.1
+"""A proposal has to pay by a tenth more than its token's time: checking any at all copies the logits of all rows."""
 MOST_TRAILS: Final = 4096
 
 
@@ -54,9 +57,9 @@ class Trail:
         """The next draft tokens, as many as pay.
 
         The i-th proposal is kept with probability rate^i and costs a token's time c; keeping it saves a share of a step, whose time is
-        f + c * busy for ``busy`` requests: it pays while rate^i > c / (f / busy + c). ``step_tokens`` is f / c.
+        f + c * busy for ``busy`` requests: it pays while rate^i > ``MARGIN`` * c / (f / busy + c). ``step_tokens`` is f / c.
         """
-        least = busy / (step_tokens + busy)
+        least = MARGIN * busy / (step_tokens + busy)
         count, chance = 0, self.rate
         while count < most and chance > least:
             count, chance = count + 1, chance * self.rate
@@ -161,21 +164,44 @@ def _name(tokens: np.ndarray) -> int:
 
 
 def mend_sampling() -> None:
-    """Mend what vLLM 0.32's rejection sampler does wrong on processors, in this process.
+    """Mend what vLLM 0.32's rejection sampler does wrong on processors, in this process, and what it does for nothing.
 
     Its ``expand_batch_to_tokens`` writes only int64 tensors: temperature, top_k and top_p of proposed tokens are whatever was in memory, and what is
-    sampled has nothing to do with the model's distribution (vllm-project/vllm, pull request 42638, closed without a merge). And a step in which
-    nothing was proposed to anybody dies of the largest top_k among none.
+    sampled has nothing to do with the model's distribution (vllm-project/vllm, pull request 42638, closed without a merge). A step in which
+    nothing was proposed to anybody goes to the plain sampler: vLLM's dies of the largest top_k among none. And random numbers for tokens that may
+    be refused are drawn for the rows only that have some (of 64 rows without: a fifth of a step).
     """
     from vllm.v1.sample import rejection_sampler
 
-    constrained = rejection_sampler.apply_sampling_constraints
+    sampler = rejection_sampler.RejectionSampler
+    checked = sampler.forward
 
-    def constrained_if_any(logits: Tensor, ends: Tensor, metadata: Any) -> Tensor:
-        return constrained(logits, ends, metadata) if len(logits) else logits
+    def forward(self: Any, metadata: Any, draft_probs: Tensor | None, logits: Tensor, sampling: Any) -> Any:
+        return checked(self, metadata, draft_probs, logits, sampling) if len(metadata.draft_token_ids) else self.sampler(logits, sampling)
 
+    sampler.forward = forward
     rejection_sampler.expand_batch_to_tokens = expanded
-    rejection_sampler.apply_sampling_constraints = constrained_if_any
+    rejection_sampler.sample_recovered_tokens = partial(recovered, rejection_sampler._sample_recovered_tokens)
+
+
+def recovered(
+    pick: Callable[..., None], most: int, counts: Sequence[int], ends_B: Tensor, drafts_N: Tensor, draft_probs: Tensor | None, probs_N_V: Tensor,
+    sampling: Any, device: Any, double: bool = False,
+) -> Tensor:  # fmt: skip
+    """``[N]``: what takes the place of each proposed token, should it be refused; vLLM's function of this name, for rows with proposals only.
+
+    ``counts`` and ``ends_B`` say which of the N proposals are whose. ``pick`` is vLLM's kernel: argmax of what is left of each distribution times
+    1 / Exp(1) (the exponential race), one set of random numbers a row, from its own generator where it has one.
+    """
+    import torch
+
+    rows = [row for row, count in enumerate(counts) if count]
+    race_R_V = torch.empty((len(rows), probs_N_V.shape[-1]), dtype=torch.float64 if double else torch.float32, device=device)
+    for race_V, row in zip(race_R_V, rows, strict=True):
+        race_V.exponential_(generator=sampling.generators.get(row))
+    recovered_N = torch.empty_like(drafts_N)
+    pick(recovered_N, ends_B[rows], drafts_N, draft_probs, probs_N_V, race_R_V.reciprocal_(), max_spec_len=most)
+    return recovered_N
 
 
 def expanded(x_B: Tensor, ends_B: Tensor, num_tokens: int, replace_from: float = 0, replace_to: float = 0) -> Tensor:

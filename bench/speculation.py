@@ -1,8 +1,9 @@
 """The improver's pass with proposals from the draft, against the same engine without: the same requests, float32, on the same cores.
 
 Rewrites: orders whose drafts hold two wrong fields, as many at once as named. Greedy, and sampled at a temperature as rollouts do. Answers:
-the policy's pass on the same engine, which gets no proposals and must not pay for them. Guard: greedy token ids are the same in both
-arms; of sampled rewrites as many repeat their drafts, within four standard errors. Called by ``python -m bench``; also run as a child of itself.
+the policy's pass on the same engine, which gets no proposals and must not pay for them. Guard: token ids of answers and of greedy rewrites are
+the same in both arms; of sampled rewrites as many repeat their drafts, within four standard errors. Called by ``python -m bench``; also run as a
+child of itself.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def measure(temperature: float, repeats: int, model: str = "") -> list[Line]:
     plain, ours = (run_arm(MODULE, arm, options, environment(allocator=False)) for arm in ("plain", "pointer"))
     lines = []
     for name in plain["took_s"]:
-        guard, passed = _guard(plain[name], ours[name], temperature)
+        guard, passed = _guard(plain[name], ours[name], 0.0 if name.startswith("answers") else temperature)
         tokens = ours[name]["tokens"] / min(seconds([ours["took_s"]], name))
         notes = (f"{tokens:.0f} tokens/s at best with proposals; {ours[name]['copies']} of {ours[name]['requests']} rewrites repeat their drafts",)
         title = f"{name} at {temperature:g}"

@@ -1,4 +1,4 @@
-"""The name of a version's bytes: one blake2b-128 digest over all tensors in name order.
+"""The name of a version's bytes: one BLAKE3 digest of 128 bits over all tensors in name order.
 
 The learner's sender digests what it writes, a worker's receiver what it reads; equal digests mean equal names, types, shapes and
 bytes. Takes buffers, not tensors, so that neither side needs the other's framework here. Says nothing about what a live engine
@@ -7,10 +7,11 @@ computes with the bytes: that is what probe log-probs are for.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 from collections.abc import Iterable
+
+from blake3 import blake3
 
 Buffer = memoryview | bytes | bytearray
 
@@ -22,7 +23,7 @@ class WeightDigest:
     """
 
     def __init__(self) -> None:
-        self._hash = hashlib.blake2b(digest_size=16)
+        self._hash = blake3()
         self._last: str | None = None
 
     def update(self, name: str, dtype: str, shape: tuple[int, ...], data: Buffer) -> None:
@@ -37,7 +38,7 @@ class WeightDigest:
 
     def hexdigest(self) -> str:
         """32 hex digits of everything so far."""
-        return self._hash.hexdigest()
+        return self._hash.hexdigest(length=16)
 
 
 def checksum_tensors(tensors: Iterable[tuple[str, str, tuple[int, ...], Buffer]]) -> str:

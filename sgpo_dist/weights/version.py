@@ -25,7 +25,7 @@ class WeightBundle:
     """One version ready to be received.
 
     ``uri`` names the bytes for the transport (a safetensors file in shared memory for ``shm``; empty for device transports).
-    ``checksum`` is the blake2b-128 hex digest over the tensors in name order; ``probe_logps`` are the learner's own
+    ``checksum`` is the BLAKE3 digest (128 bits, hex) over the tensors in name order; ``probe_logps`` are the learner's own
     per-token log-probs (nats) of the probe completions, one tuple a row.
     """
 

@@ -74,11 +74,16 @@ def rewrites(book: PromptBook) -> list[tuple[int, ...]]:
     return [book.improver_ids(Prompt("p", (Message("user", question),)), draft) for question, draft in DRAFTS.items()]
 
 
-def test_greedy_rewrites_are_the_model_s_own(run: Run[Any], engine: VllmEngine, book: PromptBook, model: Any) -> None:
-    async def ask() -> list[Completion]:
-        return list(await asyncio.gather(*(engine.generate(GenerateRequest(f"g{n}", ids, GREEDY, 0)) for n, ids in enumerate(rewrites(book)))))
+@pytest.mark.parametrize("kind", ["rewrites", "answers", "both"])
+def test_greedy_tokens_are_the_model_s_own(run: Run[Any], engine: VllmEngine, book: PromptBook, model: Any, kind: str) -> None:
+    """Answers alone take the plain sampler, where nothing was proposed; beside rewrites they are rows of the same check."""
+    answers = [book.policy_ids(Prompt("p", (Message("user", question),))) for question in DRAFTS]
+    asked = {"rewrites": rewrites(book), "answers": answers, "both": rewrites(book) + answers}[kind]
 
-    for ids, answer in zip(rewrites(book), run(ask()), strict=True):
+    async def ask() -> list[Completion]:
+        return list(await asyncio.gather(*(engine.generate(GenerateRequest(f"{kind}{n}", ids, GREEDY, 0)) for n, ids in enumerate(asked))))
+
+    for ids, answer in zip(asked, run(ask()), strict=True):
         own = model.generate(torch.tensor([ids]), max_new_tokens=GREEDY.max_new_tokens, do_sample=False)[0, len(ids) :].tolist()
         assert list(answer.token_ids) == own
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 from test_prompts import WordTokenizer
+from torch import Tensor
 
-from actors.draft_pointer import CONFIG_KEY, Frame, PointerProposer, Trail, begun, expanded, follow, last_place, speculation_arguments
+from actors.draft_pointer import CONFIG_KEY, Frame, PointerProposer, Trail, begun, expanded, follow, last_place, recovered, speculation_arguments
 from sgpo_dist.prompts import PromptBook
 from sgpo_dist.records import Message, Prompt
 
@@ -39,7 +40,7 @@ def foreseen(draft: Sequence[int], rewrite: Sequence[int], busy: int = 1, most: 
 
 
 def test_a_copy_is_foreseen_from_its_first_token() -> None:
-    assert Trail(DRAFT).proposals(STEP_TOKENS, 1, 6) == DRAFT[:6]
+    assert Trail(DRAFT).proposals(STEP_TOKENS, 1, 6) == DRAFT[:5]  # 1.1 / 9 = 0.122; 0.7^5 = 0.168, 0.7^6 = 0.118
     kept, wasted = foreseen(DRAFT, DRAFT)
     assert kept == 52  # 8 steps of six proposals and a token of the model's own, and a last one of four
     assert wasted == 0
@@ -84,8 +85,8 @@ def test_proposals_are_those_that_pay() -> None:
     """By hand: 8 / 2 + 1 = 5, so that a proposal must be kept one time in five; 0.7^4 = 0.24, 0.7^5 = 0.17."""
     assert len(Trail(DRAFT).proposals(8.0, 2, 12)) == 4
     assert len(Trail(DRAFT).proposals(8.0, 2, 3)) == 3
-    assert len(Trail(DRAFT, rate=0.99).proposals(8.0, 64, 12)) == 11  # 64 / 72 = 0.889; 0.99^11 = 0.895, 0.99^12 = 0.886
-    assert Trail(DRAFT, rate=0.88).proposals(8.0, 64, 12) == ()
+    assert len(Trail(DRAFT, rate=0.99).proposals(8.0, 64, 12)) == 2  # 1.1 * 64 / 72 = 0.978; 0.99^2 = 0.980, 0.99^3 = 0.970
+    assert Trail(DRAFT, rate=0.97).proposals(8.0, 64, 12) == ()
     assert Trail(DRAFT, place=58).proposals(8.0, 1, 6) == DRAFT[58:]
 
 
@@ -162,6 +163,25 @@ def test_a_row_s_value_is_given_to_each_of_its_tokens() -> None:
     assert expanded(torch.tensor([40, 1, 50, 3], dtype=torch.int32), ends, 6).tolist() == [40, 40, 50, 50, 50, 3]
 
 
+def test_random_numbers_are_drawn_for_rows_with_proposals_only_each_from_its_own_generator() -> None:
+    probs = torch.rand(3, 50).softmax(-1)
+    drafts, ends = torch.tensor([4, 5, 6], dtype=torch.int32), torch.tensor([0, 2, 2, 3], dtype=torch.int32)
+    seeded = {row: torch.Generator().manual_seed(row) for row in range(4)}
+    races: list[Tensor] = []
+
+    def pick(out: Tensor, ends_R: Tensor, ids: Tensor, given: None, rest: Tensor, race: Tensor, max_spec_len: int) -> None:
+        assert (ends_R.tolist(), ids is drafts, given, rest is probs, max_spec_len) == ([2, 3], True, None, True, 2)
+        races.append(race)
+        out.copy_(torch.tensor([7, 8, 9], dtype=torch.int32))
+
+    got = recovered(pick, 2, [0, 2, 0, 1], ends, drafts, None, probs, SimpleNamespace(generators=seeded), "cpu")
+    assert got.tolist() == [7, 8, 9]
+    for race, row in zip(races[0], (1, 3), strict=True):
+        assert torch.equal(race, torch.empty(50).exponential_(generator=torch.Generator().manual_seed(row)).reciprocal())
+    for row in (0, 2):  # as a row's own random numbers go on where nothing was ever proposed
+        assert torch.equal(seeded[row].get_state(), torch.Generator().manual_seed(row).get_state())
+
+
 def test_rows_that_are_not_sampled_get_nothing_and_the_context_is_never_overrun() -> None:
     row = [*prompt(DRAFT[:20]), 100]
     counts, ids = table([row, row])
@@ -173,8 +193,8 @@ def test_rows_that_are_not_sampled_get_nothing_and_the_context_is_never_overrun(
 def test_proposals_are_weighed_for_those_that_run_or_for_as_many_as_told() -> None:
     rows = [[*prompt(DRAFT), 100]] * 8
     counts, ids = table(rows)
-    assert [len(found) for found in proposer(most=9).propose([[100]], counts, ids)] == [8]  # 0.76^8 = 0.1113 > 1 / 9 > 0.76^9
-    assert {len(found) for found in proposer(most=9).propose([[100]] * 8, counts, ids)} == {2}  # 0.76^2 = 0.58 > 8 / 16
+    assert [len(found) for found in proposer(most=9).propose([[100]], counts, ids)] == [7]  # 0.76^7 = 0.146 > 1.1 / 9 > 0.76^8
+    assert {len(found) for found in proposer(most=9).propose([[100]] * 8, counts, ids)} == {2}  # 0.76^2 = 0.58 > 1.1 * 8 / 16
     for company in (1, 8):
         assert [len(found) for found in proposer(most=9, busy=2).propose([[100]] * company, counts, ids)] == [5] * company
 
