@@ -42,7 +42,7 @@ def foreseen(draft: Sequence[int], rewrite: Sequence[int], busy: int = 1, most: 
 def test_a_copy_is_foreseen_from_its_first_token() -> None:
     assert Trail(DRAFT).proposals(STEP_TOKENS, 1, 6) == DRAFT[:5]  # 1.1 / 9 = 0.122; 0.7^5 = 0.168, 0.7^6 = 0.118
     kept, wasted = foreseen(DRAFT, DRAFT)
-    assert kept == 52  # 8 steps of six proposals and a token of the model's own, and a last one of four
+    assert kept == 52  # of 60 tokens eight are the model's own: one after five proposals, seven after six
     assert wasted == 0
 
 
@@ -82,7 +82,7 @@ def test_unrelated_text_costs_a_handful_of_proposals() -> None:
 
 
 def test_proposals_are_those_that_pay() -> None:
-    """By hand: 8 / 2 + 1 = 5, so that a proposal must be kept one time in five; 0.7^4 = 0.24, 0.7^5 = 0.17."""
+    """By hand: 1.1 / (8 / 2 + 1) = 0.22 is how often a proposal must be kept; 0.7^4 = 0.24, 0.7^5 = 0.17."""
     assert len(Trail(DRAFT).proposals(8.0, 2, 12)) == 4
     assert len(Trail(DRAFT).proposals(8.0, 2, 3)) == 3
     assert len(Trail(DRAFT, rate=0.99).proposals(8.0, 64, 12)) == 2  # 1.1 * 64 / 72 = 0.978; 0.99^2 = 0.980, 0.99^3 = 0.970
