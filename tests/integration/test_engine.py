@@ -330,6 +330,7 @@ def test_foreign_bytes_are_refused_and_the_engine_dies_with_its_owner(tmp_path: 
     finally:
         owner.kill()
         owner.wait(timeout=10)
+        owner.stdout.close()  # or its warning falls on whatever test runs when it is collected
     _, alive = psutil.wait_procs(children, timeout=10)
     for orphan in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
