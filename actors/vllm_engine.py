@@ -18,12 +18,15 @@ from actors.draft_pointer import Frame, speculation_arguments
 from sgpo_dist.errors import EnvironmentProblem, WeightSyncError, WorkerFault
 from sgpo_dist.records import Completion, FinishReason
 from sgpo_dist.roles import GenerateRequest, Sampling
+from sgpo_dist.turns import taken
 from sgpo_dist.weights.checksum import checksum_tensors
 from sgpo_dist.weights.version import ProbeRow, WeightBundle, WeightProof
 
 ROLE = "engine"
 OWNER_VARIABLE = "SGPO_ENGINE_OWNER_PID"
 _DIGEST_TIMEOUT_S = 120.0
+_TURN_POLL_S = 0.02
+_LONGEST_TURN_S = 60.0  # then requests go on beside the learner: a step must not cost them their deadlines
 _TOKENS_BETWEEN_SIGNS = 16  # a running request shows that it lives this often, and costs nothing in between
 _GIB = 1 << 30
 STEP_TOKENS = {"cpu": 8.0, "cuda": 256.0}
@@ -40,7 +43,8 @@ class EngineSpec:
     ``engine_kwargs`` go to vLLM unchanged and win over everything here. With requests in flight and no token for ``stuck_s`` the engine
     counts as hung. ``stop_token_ids`` end an answer beside the model's own end token (a chat template may close turns
     with another one). Within rewrites, whose drafts stand in ``draft_frame``, at most ``num_speculative_tokens`` of the draft are proposed at a
-    time, as many as pay when ``speculation_busy`` requests run (0: for those that do). ``repack_tied_head`` is for one regression test only.
+    time, as many as pay when ``speculation_busy`` requests run (0: for those that do). With ``turns``, a run's id, requests stand still while the
+    learner of that run computes on this machine (sgpo_dist/turns.py). ``repack_tied_head`` is for one regression test only.
     """
 
     model_dir: str
@@ -63,6 +67,7 @@ class EngineSpec:
     num_speculative_tokens: int = 0
     draft_frame: Frame | None = None
     speculation_busy: int = 0
+    turns: str = ""
     repack_tied_head: bool = True
 
 
@@ -90,8 +95,9 @@ def _cpu_environment(cores: tuple[int, ...] | None) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, bound)),
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "OMP_NUM_THREADS": str(len(bound)),
-        # Threads that wait sleep instead of spinning: the learner shares these cores, and a spinning barrier starves both.
-        "OMP_WAIT_POLICY": "PASSIVE",
+        # At each of a step's hundreds of barriers a thread that sleeps has to be woken. They spin for about 0.2 ms first, and no longer: others
+        # share these cores.
+        "GOMP_SPINCOUNT": "3000",
         # vLLM compiles a few helpers even when eager: seconds, a compiler and a shared cache, for nothing on a CPU.
         "TORCHDYNAMO_DISABLE": "1",
     }
@@ -113,6 +119,8 @@ class VllmEngine:
         self._digest = ""
         self._paused_at = 0.0
         self._stall_s = 0.0
+        self._turns: asyncio.Task[None] | None = None
+        self._gives_way = False
 
     @property
     def version(self) -> int:
@@ -133,6 +141,8 @@ class VllmEngine:
             from actors.weight_receiver import shm_init_info
 
             await self.init_weight_transfer_engine(shm_init_info(self._spec.repack_tied_head))
+        if self._spec.turns:
+            self._turns = asyncio.create_task(self._take_turns())
 
     async def generate(self, request: GenerateRequest) -> Completion:
         """One completion; its version is the one that was current when it began, even if a newer one arrived before its end.
@@ -253,6 +263,36 @@ class VllmEngine:
             self._broken = f"a version was not taken whole: {_first_line(problem)}"
             raise
 
+    # ---- turns --------------------------------------------------------------------------------------------------------------------
+
+    async def _take_turns(self) -> None:
+        """Requests stand still while the learner computes on the same cores. A version that arrives meanwhile is taken at once all the same."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            while True:
+                await asyncio.sleep(_TURN_POLL_S)
+                if self._running and taken(self._spec.turns):
+                    await self._give_way()
+        except EngineDeadError:
+            return  # ``check`` says so
+        except Exception as problem:  # noqa: BLE001 paused or not: nobody knows, so that the worker is rebuilt
+            self._broken = f"taking turns with the learner failed: {_first_line(problem)}"
+
+    async def _give_way(self) -> None:
+        """One turn of the learner."""
+        self._gives_way, began = True, self._clock()
+        async with self._receiving:
+            await self._llm.pause_generation(mode="keep", clear_cache=False)
+        while taken(self._spec.turns) and self._clock() - began < _LONGEST_TURN_S:
+            await asyncio.sleep(_TURN_POLL_S)
+        async with self._receiving:
+            if not self._broken:  # never go on with half a version
+                await self._llm.resume_generation()
+        self._gives_way, self._last_token = False, self._clock()
+        while taken(self._spec.turns):
+            await asyncio.sleep(_TURN_POLL_S)
+
     # ---- life ---------------------------------------------------------------------------------------------------------------------
 
     async def check(self) -> None:
@@ -261,7 +301,7 @@ class VllmEngine:
 
         self._refuse_if_broken()
         silent_s = self._clock() - self._last_token
-        if self._running and silent_s > self._spec.stuck_s and not self._receiving.locked():
+        if self._running and silent_s > self._spec.stuck_s and not self._receiving.locked() and not self._gives_way:
             raise WorkerFault(ROLE, f"{self._running} requests in flight and no token for {silent_s:.0f} s")
         if self._llm.errored:
             raise WorkerFault(ROLE, "vLLM's engine process died")
@@ -278,6 +318,8 @@ class VllmEngine:
         """End the engine and its child processes; safe to call twice. Waits at most 20 s for them."""
         llm, self._llm = self._llm, None
         self._broken = "stopped"
+        if self._turns is not None:
+            self._turns.cancel()
         if llm is None:
             return
         if llm.output_handler is not None:
@@ -331,12 +373,15 @@ def _cpu_arguments(spec: EngineSpec) -> dict[str, Any]:
     """Eager, because compiling costs minutes at start. Blocks of 32 tokens, because only whole ones are found in the prefix cache again and vLLM's
     128 are longer than most prompts of a run on a laptop. Prefills whole: cut into chunks, a seeded request kills vLLM 0.32's CPU worker
     ("CPU Generator does not use offset"), and would draw other numbers in a crowd than alone."""
+    from actors.norm_kernels import PRIORITY
+
     return {
         "enforce_eager": True,
         "block_size": 32,
         "kv_cache_memory_bytes": int(spec.kv_cache_gib * _GIB),
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(2048, spec.max_model_len),
+        "ir_op_priority": dict(PRIORITY),
     }
 
 

@@ -3,7 +3,7 @@
 vLLM imports this file there (``worker_extension_cls``), which registers our transport "shm" beside vLLM's own "nccl" and "ipc".
 ``vllm_engine`` drives it: read -> pause -> start, update, finish -> resume. Also holds the requests of all three transports, so that
 learner and engine agree on them, ends the engine's processes when the process that owns them is gone, and on processors gives vLLM's sampler a filter
-that need not sort (``nucleus``). Proving is not done here.
+that need not sort (``nucleus``) and its layers faster kernels (``norm_kernels``). Proving is not done here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from vllm import ir
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
@@ -27,6 +28,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 from vllm.v1.sample.ops import topk_topp_sampler
 
+from actors import norm_kernels
 from actors.nucleus import without_sorting
 from sgpo_dist.weights.checksum import checksum_safetensors
 
@@ -249,6 +251,7 @@ def _enter_worker() -> None:
     if SHM not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(SHM, ShmReceiver)
         if current_platform.is_cpu():
+            norm_kernels.register(ir.ops)
             topk_topp_sampler.apply_top_k_top_p_pytorch = without_sorting(topk_topp_sampler.apply_top_k_top_p_pytorch)
     owner = int(os.environ.get(OWNER_VARIABLE, "0"))
     if owner and owner != os.getpid():

@@ -38,7 +38,7 @@ HOW: Final = Sampling(0.8, 1.0, 40, 40)
 GREEDY: Final = Sampling(0.0, 1.0, 0, 24)
 LEAST_SAVED: Final = 1.5
 DEADLINE_S: Final = 200.0
-OURS_TO_BIND: Final = ("VLLM_CPU_NUM_OF_RESERVED_CPU", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+OURS_TO_BIND: Final = ("VLLM_CPU_NUM_OF_RESERVED_CPU", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")
 
 
 def measure(repeats: int) -> list[Line]:

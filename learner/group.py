@@ -12,6 +12,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
@@ -28,6 +29,7 @@ from sgpo_dist.processes import kill_exactly, telling_line
 from sgpo_dist.records import PreferencePair, TokenExample
 from sgpo_dist.roles import LearnerStage, Metrics
 from sgpo_dist.sanitize import one_line
+from sgpo_dist.turns import held
 from sgpo_dist.weights.version import ProbeRow, WeightBundle
 
 ROLE: Final = "learner"
@@ -37,11 +39,17 @@ STOP_TIMEOUT_S: Final = 20.0
 PORT_ATTEMPTS: Final = 3
 LOG_TAIL: Final = 4000
 PORT_TAKEN: Final = "EADDRINUSE"
+COMPUTING: Final = frozenset({"nll_step", "preference_step", "logps"})
+"""Methods of a rank that keep all its cores busy."""
 
 
 @dataclass(frozen=True, slots=True)
 class GroupSpec:
-    """What a group needs. ``engine_dtype`` is what the rollout engines compute in, ``num_cpus`` what Ray reserves for a rank."""
+    """What a group needs. ``engine_dtype`` is what the rollout engines compute in, ``num_cpus`` what Ray reserves for a rank.
+
+    With ``turns``, a run's id, engines of that run on a rank's machine stand still while it computes (sgpo_dist/turns.py).
+    """
+
 
     model: ModelConfig
     learner: LearnerConfig
@@ -53,6 +61,7 @@ class GroupSpec:
     num_cpus: float = 1.0
     environment: Mapping[str, str] = field(default_factory=dict)
     nonce: str = field(default_factory=lambda: secrets.token_hex(4))
+    turns: str = ""
 
     @property
     def threads(self) -> int:
@@ -78,6 +87,7 @@ class RankHost:
     def __init__(self, spec: GroupSpec, rank: int) -> None:
         from learner.learner import LearnerRank, RankSpec
 
+        self._turns = spec.turns
         self._rank = LearnerRank(
             RankSpec(
                 rank=rank,
@@ -107,7 +117,8 @@ class RankHost:
 
     def call(self, method: str, *arguments: Any) -> Any:
         """One method of the rank."""
-        return getattr(self._rank, method)(*arguments)
+        with held(self._turns) if self._turns and method in COMPUTING else nullcontext():
+            return getattr(self._rank, method)(*arguments)
 
 
 class LearnerGroup:

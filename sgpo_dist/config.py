@@ -319,6 +319,7 @@ class LearnerConfig(Section):
     beta1: Share = Field(0.9, description="AdamW's first beta.")
     beta2: Share = Field(0.99, description="AdamW's second beta.")
     threads_per_rank: int = Field(0, ge=0, description="CPU threads of one rank; 0 = cores divided by ranks.")
+    take_turns: bool = Field(True, description="On CPUs: engines on the same machine stand still while a rank computes a step; false: both at once.")
     deepspeed_config: dict[str, Any] = Field(default_factory=dict, description="Merged over the DeepSpeed configuration we build.")
     step_timeout_s: float = Field(1800.0, gt=0, description="A step that takes longer counts as a hang.")
     max_restarts: int = Field(3, ge=0, description="Times the learner is rebuilt from the last checkpoint without a new checkpoint between them.")

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -444,7 +444,13 @@ def group_spec(config: Config, directory: RunDirectory, probes: tuple[ProbeRow, 
         seed=config.seed,
         cache_dir=str(default_cache_root()),
         num_cpus=0.0 if config.learner.gpus_per_rank else FRACTION_OF_A_CORE,
+        turns=turns(config, directory),
     )
+
+
+def turns(config: Config, directory: RunDirectory) -> str:
+    """The name under which engines and ranks take turns, "" where they do not: each has a device of its own, or it is not wanted."""
+    return directory.run_id if config.learner.take_turns and not config.learner.gpus_per_rank and not on_gpu(config) else ""
 
 
 def engine_spec(config: Config, probes: tuple[ProbeRow, ...], model_dir: Path) -> EngineSpec:
@@ -474,7 +480,7 @@ def fleet_spec(config: Config, directory: RunDirectory, probes: tuple[ProbeRow, 
     rollout = config.rollout
     shared = config.learner.gpus_per_rank % 1  # a learner that takes part of a GPU leaves the rest to the engine beside it
     return FleetSpec(
-        engine=engine_spec(config, probes, model_dir),
+        engine=replace(engine_spec(config, probes, model_dir), turns=turns(config, directory)),
         template=rollout.template,
         gate=config.preference.pair_gate,
         concurrency=rollout.concurrency,

@@ -11,22 +11,24 @@ import inspect
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
 import pytest
 
-from actors.vllm_engine import EngineSpec, VllmEngine, engine_environment
+from actors.vllm_engine import EngineSpec, VllmEngine, engine_arguments, engine_environment
 from sgpo_dist.data.embedded_model import embedded_model_dir
 from sgpo_dist.errors import WeightSyncError
 from sgpo_dist.prompts import PromptBook, load_tokenizer
 from sgpo_dist.records import Completion, FinishReason, Message, Prompt
 from sgpo_dist.roles import GenerateRequest, Sampling
+from sgpo_dist.turns import held
 from sgpo_dist.weights.checksum import checksum_safetensors
-from sgpo_dist.weights.version import ProbeRow, WeightBundle, check_proof, mean_abs_gap
+from sgpo_dist.weights.version import ProbeRow, WeightBundle, WeightProof, check_proof, mean_abs_gap
 
 pytestmark = [
     pytest.mark.integration,
@@ -38,6 +40,7 @@ ROOT = Path(__file__).parents[2]
 GREEDY = Sampling(0.0, 1.0, 0, 24)
 WARM = Sampling(0.9, 0.95, 0, 32)
 TOLERANCE = 2e-3
+TURNS = f"test-{os.getpid()}"
 T = TypeVar("T")
 Run = Callable[[Awaitable[T]], T]
 
@@ -116,7 +119,9 @@ def reference(book: PromptBook, tmp_path_factory: pytest.TempPathFactory) -> Ref
 
 @pytest.fixture(scope="module")
 def engine(run: Run[Any], reference: Reference) -> Iterator[VllmEngine]:
-    spec = EngineSpec(str(embedded_model_dir()), max_model_len=512, kv_cache_gib=0.5, probes=reference.probes, max_num_seqs=64, log_level="WARNING")
+    spec = EngineSpec(
+        str(embedded_model_dir()), max_model_len=512, kv_cache_gib=0.5, probes=reference.probes, max_num_seqs=64, log_level="WARNING", turns=TURNS
+    )
     before = dict(os.environ)
     os.environ.update(engine_environment(spec))
     started = VllmEngine(spec)
@@ -236,6 +241,65 @@ def test_what_begins_after_an_update_reads_no_older_prefix(run: Run[Any], engine
         whole = reference.model.generate(torch.tensor([ids]), max_new_tokens=GREEDY.max_new_tokens, do_sample=False)
     assert after.token_ids == tuple(whole[0, len(ids) :].tolist())
     assert after.token_ids != before.token_ids
+
+
+def test_requests_stand_still_in_the_learners_turn_and_go_on_as_if_nothing_had_been(run: Run[Any], engine: VllmEngine, book: PromptBook) -> None:
+    requests = [request(book, prompt, seed, WARM, f"turn-{seed}") for seed, prompt in enumerate(questions(4))]
+    expected = run(together(engine, requests))
+
+    async def disturbed() -> list[Completion]:
+        answers = asyncio.gather(*(engine.generate(replace(one, request_id=f"{one.request_id}-again")) for one in requests))
+        await asyncio.sleep(0.3)  # amid their tokens
+        with held(TURNS):
+            await asyncio.sleep(0.5)
+            seen = engine._last_token
+            await asyncio.sleep(3.0)
+            assert not answers.done()
+            assert engine._last_token == seen
+            await engine.check()  # alive, though silent
+        return list(await answers)
+
+    began = time.monotonic()
+    assert [answer.token_ids for answer in run(disturbed())] == [answer.token_ids for answer in expected]
+    assert time.monotonic() - began > 3.5
+
+
+def test_a_version_is_taken_in_the_learners_turn(run: Run[Any], engine: VllmEngine, book: PromptBook, reference: Reference) -> None:
+    async def disturbed() -> WeightProof:
+        answer = asyncio.ensure_future(engine.generate(request(book, questions(1)[0], 0, Sampling(0.9, 1.0, 0, 200), "amid")))
+        await asyncio.sleep(0.3)
+        with held(TURNS):
+            await asyncio.sleep(0.5)
+            proof = await asyncio.wait_for(engine.receive(bundle), 60)
+        await answer
+        return proof
+
+    reference.perturbed(5)
+    bundle = reference.bundle(engine.version + 1)
+    assert check_proof(bundle, run(disturbed()), TOLERANCE) < 1e-4
+
+
+def test_the_kernels_for_norms_are_chosen_and_compute_what_vllms_own_way_does() -> None:
+    import torch
+    from vllm import ir
+
+    import actors.weight_receiver  # noqa: F401 what every worker of an engine imports
+    from actors.norm_kernels import PRIORITY, PROVIDER
+
+    assert engine_arguments(EngineSpec("x"))["ir_op_priority"] == PRIORITY
+    generator = torch.Generator().manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        x, residual, weight = (torch.randn(rows, 576, generator=generator).to(dtype) for rows in (7, 7, 1))
+        for name, inputs in (("rms_norm", (x,)), ("fused_add_rms_norm", (x, residual))):
+            op = getattr(ir.ops, name)
+            with op.set_priority([PROVIDER, "native"]):
+                chosen = op.dispatch(*inputs, weight[0], 1e-5)
+                odd = [tensor.t().contiguous().t() for tensor in inputs]  # what the kernels cannot take
+                assert [op.dispatch(*odd, weight[0], 1e-5).provider, op.dispatch(*inputs, None, 1e-5).provider] == ["native"] * 2
+            assert chosen.provider == PROVIDER
+            expected = op.impls["native"].impl_fn(*inputs, weight[0], 1e-5)
+            found = chosen.impl_fn(*(tensor.clone() for tensor in inputs), weight[0], 1e-5)
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_a_nucleus_holds_all_that_is_sampled_and_needs_no_sorting(run: Run[Any], engine: VllmEngine, book: PromptBook, reference: Reference) -> None:

@@ -29,6 +29,7 @@ from sgpo_dist.config import LearnerConfig, LoraConfig, ModelConfig
 from sgpo_dist.errors import CheckpointError, ConfigError, DataError, EnvironmentProblem, RunFailed, WorkerFault
 from sgpo_dist.records import Completion, FinishReason, Message, PreferencePair, Prompt, Stage, TokenExample
 from sgpo_dist.roles import LearnerStage, LossPlan, OptimiserPlan
+from sgpo_dist.turns import taken
 from sgpo_dist.weights.checksum import checksum_safetensors
 from sgpo_dist.weights.version import ProbeRow
 
@@ -628,6 +629,24 @@ def test_two_ranks_make_the_update_of_one_and_a_resumed_group_that_of_an_uninter
     assert all(torch.equal(again[name], two[name]) for name in two)
     start = load_file(Path(model_dir) / "model.safetensors")
     assert max(float((one[name] - start[name]).abs().max()) for name in one) > 1e-3  # it did move
+
+
+def test_a_rank_has_its_turn_while_it_computes(cluster: None, model_dir: str, tmp_path: Path):
+    async def story() -> tuple[set[bool], bool]:
+        group = LearnerGroup(replace(group_spec(tmp_path, 1, 0), turns=f"test-{os.getpid()}"))
+        await group.begin_stage(nll_stage(model_dir))
+        seen = set()
+        steps = asyncio.gather(*(group.nll_step(step, examples()) for step in range(1, 6)))
+        while not steps.done():
+            seen.add(taken(f"test-{os.getpid()}"))
+            await asyncio.sleep(0.001)
+        await steps
+        await group.stop()
+        return seen, taken(f"test-{os.getpid()}")
+
+    seen, afterwards = asyncio.run(story())
+    assert True in seen
+    assert not afterwards
 
 
 @pytest.mark.timeout(200)
