@@ -9,39 +9,29 @@ gives way, and how.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from sgpo_dist.weights.files import open_locked, places
+from sgpo_dist.weights.files import open_locked, places, remove_left_overs
 
 PREFIX: Final = "sgpo-turn"
 
 
 @contextlib.contextmanager
 def held(run_id: str, directory: Path | None = None) -> Iterator[None]:
-    """This process has a turn of the run until the block ends."""
-    path = _directory(directory) / f"{PREFIX}-{run_id}-{os.getpid()}"
-    with open_locked(path):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+    """This process has a turn of the run until the block ends. Where no file can be made nobody waits, and the block is run all the same."""
+    place = directory or places()[0]
+    path = place / f"{PREFIX}-{run_id}-{os.getpid()}"
+    with contextlib.ExitStack() as turn:
+        with contextlib.suppress(OSError):
+            remove_left_overs(place, PREFIX)  # of runs that nobody resumed
+            turn.enter_context(open_locked(path))
+            turn.callback(path.unlink, missing_ok=True)
+        yield
 
 
 def taken(run_id: str, directory: Path | None = None) -> bool:
-    """Whether anybody on this machine has a turn of the run. A file whose holder is gone is removed."""
-    for path in _directory(directory).glob(f"{PREFIX}-{run_id}-*"):
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            path.unlink(missing_ok=True)
-    return False
-
-
-def _directory(given: Path | None) -> Path:
-    return given or places()[0]
+    """Whether anybody on this machine has a turn of the run."""
+    return remove_left_overs(directory or places()[0], f"{PREFIX}-{run_id}")

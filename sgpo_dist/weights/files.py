@@ -45,9 +45,15 @@ def open_locked(path: Path) -> BinaryIO:
         file.close()
 
 
-def remove_left_overs(directory: Path) -> None:
-    """Unlink our files whose owner is gone: the lock of a live one cannot be taken."""
-    for path in directory.glob(f"{PREFIX}-*"):
+def remove_left_overs(directory: Path, prefix: str = PREFIX) -> bool:
+    """Unlink our files whose owner is gone: the lock of a live one cannot be taken. Whether there is a live one."""
+    has_owner = False
+    for path in directory.glob(f"{prefix}-*"):
         with contextlib.suppress(OSError), path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                has_owner = True
+            else:
+                path.unlink(missing_ok=True)
+    return has_owner

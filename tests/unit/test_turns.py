@@ -44,6 +44,14 @@ def test_a_holder_that_is_killed_keeps_nobody_waiting(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_without_a_place_for_its_file_a_step_is_made_all_the_same(tmp_path: Path) -> None:
+    made = False
+    with held("run", tmp_path / "missing"):
+        made = True
+    assert made
+    assert not taken("run", tmp_path / "missing")
+
+
 def test_a_turn_ends_with_an_error(tmp_path: Path) -> None:
     try:
         with held("run", tmp_path):
