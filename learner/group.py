@@ -50,7 +50,6 @@ class GroupSpec:
     With ``turns``, a run's id, engines of that run on a rank's machine stand still while it computes (sgpo_dist/turns.py).
     """
 
-
     model: ModelConfig
     learner: LearnerConfig
     transport: str
