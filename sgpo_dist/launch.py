@@ -450,7 +450,7 @@ def group_spec(config: Config, directory: RunDirectory, probes: tuple[ProbeRow, 
 
 def turns(config: Config, directory: RunDirectory) -> str:
     """The name under which engines and ranks take turns, "" where they do not: each has a device of its own, or it is not wanted."""
-    return directory.run_id if config.learner.take_turns and not config.learner.gpus_per_rank and not on_gpu(config) else ""
+    return directory.run_id if config.learner.take_turns and not on_gpu(config) else ""
 
 
 def engine_spec(config: Config, probes: tuple[ProbeRow, ...], model_dir: Path) -> EngineSpec:

@@ -25,6 +25,7 @@ from sgpo_dist.config import Config
 from sgpo_dist.display import Display, Status, open_display
 from sgpo_dist.errors import EnvironmentProblem
 from sgpo_dist.faults import STEP, Mark, Tally, summary_line
+from sgpo_dist.placement import on_gpu
 from sgpo_dist.processes import end_earlier_attempts, marked
 from sgpo_dist.run_directory import RunDirectory
 from sgpo_dist.sanitize import one_line, redact, redact_text, secret_values
@@ -52,6 +53,8 @@ WAIT_METRICS: Final = {
 """Seconds of a step (of the workers: a share) spent waiting -> how to say it, and the one setting to change if it is the longest wait."""
 LOOSER: Final = "raise preference.max_staleness"
 """What helps when learner and workers wait for each other: the workers may not run further ahead."""
+IF_IDLE: Final = ", if cores are idle"
+"""Said of more processes on CPUs: on cores that are all busy they only make each other slower."""
 
 WORTH_SAYING: Final = 0.1
 LAST_TIME: Final = 1e11
@@ -82,8 +85,9 @@ class Recorder:
         monotonic: Callable[[], float] = time.monotonic,
         secrets: Sequence[str] = (),
         totals: Mapping[str, int] | None = None,
+        on_cpu: bool = False,
     ) -> None:
-        """``secrets`` are hidden in every text; ``totals`` are the steps of stages that are known beforehand."""
+        """``secrets`` are hidden in every text; ``totals`` are the steps of stages that are known beforehand; ``on_cpu`` changes advice."""
         self._tally = Tally()
         for mark in read_marks(events_file, metrics_file):
             self._tally.see(mark)
@@ -95,6 +99,7 @@ class Recorder:
         self._monotonic = monotonic
         self._secrets = secrets
         self._totals = dict(totals or {})
+        self._on_cpu = on_cpu
         self._status = Status()
         self._last_step_at: float | None = None
 
@@ -111,6 +116,7 @@ class Recorder:
             trackers,
             secrets=secret_values(os.environ),
             totals={"preference": config.preference.total_steps},
+            on_cpu=not on_gpu(config),
         )
         try:
             recorder.event("attempt", incarnation=directory.incarnation, run_id=directory.run_id, pid=os.getpid())
@@ -187,7 +193,7 @@ class Recorder:
             shown["version"] = int(shown["version"])
         total = self._totals.get(stage, base.total)
         left = elapsed * max(0, total - step) if elapsed is not None and total else None
-        return replace(base, step=step, total=total, doing="", waits=waits_line(values, elapsed), eta_s=left, **shown)
+        return replace(base, step=step, total=total, doing="", waits=waits_line(values, elapsed, self._on_cpu), eta_s=left, **shown)
 
     def _without_secrets(self, value: Any) -> Any:
         if isinstance(value, str):
@@ -197,7 +203,7 @@ class Recorder:
         return [self._without_secrets(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def waits_line(values: Mapping[str, float], elapsed: float | None) -> str:
+def waits_line(values: Mapping[str, float], elapsed: float | None, on_cpu: bool = False) -> str:
     """Who waited for whom in a step of ``elapsed`` seconds, as shares, and what to change; empty when nobody waited for a tenth of it."""
     if not elapsed:
         return ""
@@ -205,7 +211,12 @@ def waits_line(values: Mapping[str, float], elapsed: float | None) -> str:
     waiting = sorted((name for name in shares if shares[name] >= WORTH_SAYING), key=lambda name: -shares[name])
     if not waiting:
         return ""
-    remedy = LOOSER if waiting[0] != WEIGHTS_AWAITED and {PAIRS_AWAITED, WORKER_IDLE} <= set(waiting) else WAIT_METRICS[waiting[0]][1]
+    if waiting[0] == WEIGHTS_AWAITED:
+        remedy = WAIT_METRICS[WEIGHTS_AWAITED][1]
+    elif {PAIRS_AWAITED, WORKER_IDLE} <= set(waiting):
+        remedy = LOOSER
+    else:
+        remedy = WAIT_METRICS[waiting[0]][1] + IF_IDLE * on_cpu
     return f"{', '.join(f'{WAIT_METRICS[name][0]} {min(shares[name], 1.0):.0%}' for name in waiting)}: {remedy}"
 
 

@@ -264,6 +264,38 @@ def test_requests_stand_still_in_the_learners_turn_and_go_on_as_if_nothing_had_b
     assert time.monotonic() - began > 3.5
 
 
+def test_a_turn_that_is_too_long_is_cut(run: Run[Any], engine: VllmEngine, book: PromptBook, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def disturbed() -> float:
+        answer = asyncio.ensure_future(engine.generate(request(book, questions(1)[0], 0, WARM, "long-turn")))
+        await asyncio.sleep(0.2)
+        with held(TURNS):
+            began = time.monotonic()
+            await asyncio.wait_for(answer, 60)
+            return time.monotonic() - began
+
+    monkeypatch.setattr("actors.vllm_engine._LONGEST_TURN_S", 2.0)
+    assert run(disturbed()) > 2.0
+
+
+def test_an_engine_with_half_a_version_does_not_go_on_after_a_turn(run: Run[Any], engine: VllmEngine, book: PromptBook) -> None:
+    async def disturbed() -> bool:
+        answer = asyncio.ensure_future(engine.generate(request(book, questions(1)[0], 0, WARM, "half")))
+        await asyncio.sleep(0.2)
+        with held(TURNS):
+            await asyncio.sleep(0.5)
+            engine._broken = "a version was not taken whole"
+        try:
+            await asyncio.sleep(1.0)
+            assert not answer.done()
+            return await engine._llm.is_paused()
+        finally:  # other tests use this engine
+            engine._broken = ""
+            await engine._llm.resume_generation()
+            await answer
+
+    assert run(disturbed())
+
+
 def test_a_version_is_taken_in_the_learners_turn(run: Run[Any], engine: VllmEngine, book: PromptBook, reference: Reference) -> None:
     async def disturbed() -> WeightProof:
         answer = asyncio.ensure_future(engine.generate(request(book, questions(1)[0], 0, Sampling(0.9, 1.0, 0, 200), "amid")))

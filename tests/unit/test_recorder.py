@@ -169,6 +169,11 @@ def test_waits_line_names_the_longest_wait_first_and_the_setting_that_helps(valu
     assert waits_line(values, None) == ""
 
 
+def test_more_processes_on_cpus_are_advised_only_for_idle_cores() -> None:
+    assert waits_line({"time/wait_for_batch": 3.0}, 10.0, on_cpu=True).endswith("raise rollout.num_rollout_workers, if cores are idle")
+    assert waits_line({"time/publish": 6.0}, 10.0, on_cpu=True).endswith("raise weights.weight_sync_interval")
+
+
 def console() -> tuple[Console, io.StringIO]:
     out = io.StringIO()
     return Console(file=out, width=60), out

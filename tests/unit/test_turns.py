@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from sgpo_dist.turns import held, taken
 
 HOLDER = """
@@ -28,8 +30,8 @@ def test_a_turn_is_seen_while_it_lasts_by_its_own_run_and_leaves_nothing(tmp_pat
             second.stdout.readline()  # another rank's
             second.kill()
         assert taken("run", tmp_path)
-    assert not taken("run", tmp_path)
     assert not list(tmp_path.iterdir())
+    assert not taken("run", tmp_path)
 
 
 def test_a_holder_that_is_killed_keeps_nobody_waiting(tmp_path: Path) -> None:
@@ -39,17 +41,23 @@ def test_a_holder_that_is_killed_keeps_nobody_waiting(tmp_path: Path) -> None:
         assert taken("run", tmp_path)
         holder.kill()
         holder.wait()
-    assert list(tmp_path.iterdir())
+    (left,) = tmp_path.iterdir()
     assert not taken("run", tmp_path)
-    assert not list(tmp_path.iterdir())
+    left.touch()  # as it lies there where nobody has asked since
+    with held("another", tmp_path):
+        assert not left.exists()
 
 
-def test_without_a_place_for_its_file_a_step_is_made_all_the_same(tmp_path: Path) -> None:
-    made = False
-    with held("run", tmp_path / "missing"):
-        made = True
-    assert made
+def test_without_a_place_for_its_file_steps_are_made_all_the_same_and_the_log_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = 0
+    for _ in range(3):
+        with held("run", tmp_path / "missing"):
+            made += 1
+    assert made == 3
     assert not taken("run", tmp_path / "missing")
+    assert ["do not take turns" in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_a_turn_ends_with_an_error(tmp_path: Path) -> None:
