@@ -43,6 +43,7 @@ def test_a_holder_that_is_killed_keeps_nobody_waiting(tmp_path: Path) -> None:
         holder.wait()
     (left,) = tmp_path.iterdir()
     assert not taken("run", tmp_path)
+    assert not left.exists()
     left.touch()  # as it lies there where nobody has asked since
     with held("another", tmp_path):
         assert not left.exists()
