@@ -9,6 +9,8 @@ import asyncio
 import contextlib
 import inspect
 import os
+import platform
+import re
 import subprocess
 import sys
 import time
@@ -43,6 +45,12 @@ TOLERANCE = 2e-3
 TURNS = f"test-{os.getpid()}"
 T = TypeVar("T")
 Run = Callable[[Awaitable[T]], T]
+
+
+def huge_pages_to_be_had() -> bool:
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    name, version = platform.libc_ver()
+    return switch.exists() and "[never]" not in switch.read_text() and name == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
 
 
 def questions(count: int) -> list[Prompt]:
@@ -163,6 +171,13 @@ def test_log_probs_after_a_sync_are_transformers_own(run: Run[Any], engine: Vllm
         assert check_proof(bundle, proof, TOLERANCE) < 1e-4
         assert 0.0 < proof.stall_s < proof.total_s
         assert engine.version == version
+
+
+@pytest.mark.skipif(not huge_pages_to_be_had(), reason="no huge pages on request: the kernel forbids them, or glibc is older than 2.35")
+def test_the_weights_lie_in_huge_pages(run: Run[Any], engine: VllmEngine) -> None:
+    rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in run(engine.pids())]
+    huge_kib = [int(re.findall(r"AnonHugePages: +(\d+)", rollup)[0]) for rollup in rollups]
+    assert max(huge_kib) > embedded_model_dir().joinpath("model.safetensors").stat().st_size / 1024
 
 
 def test_without_packing_the_tied_head_again_the_proof_fails(run: Run[Any], engine: VllmEngine, reference: Reference) -> None:

@@ -746,6 +746,13 @@ def test_a_cpu_engine_uses_the_cores_it_was_given_and_never_cuts_prefills(tmp_pa
     assert "VLLM_CPU_OMP_THREADS_BIND" not in engine_environment(EngineSpec("hub/name", device="cuda"))
 
 
+def test_huge_pages_are_asked_for_beside_the_users_own_tunables(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"": "glibc.malloc.hugetlb=1", "glibc.malloc.check=1": "glibc.malloc.check=1:glibc.malloc.hugetlb=1", "glibc.malloc.hugetlb=0": None}
+    for own, expected in asked.items():
+        monkeypatch.setenv("GLIBC_TUNABLES", own)
+        assert engine_environment(EngineSpec("name", cpu_cores=(0,)))["GLIBC_TUNABLES"] == (expected or own)
+
+
 def test_sampling_and_finish_reasons_in_vllm_s_words() -> None:
     assert sampling_arguments(Sampling(0.7, 0.9, 5, 12), 3, (7,)) == {
         "temperature": 0.7,
