@@ -92,9 +92,9 @@ def engine_environment(spec: EngineSpec) -> dict[str, str]:
 def _cpu_environment(cores: tuple[int, ...] | None) -> dict[str, str]:
     """Bind the engine to ``cores``. Without this vLLM keeps one core back for its scheduler, which is half of a two-core machine."""
     bound = cores if cores is not None else tuple(sorted(os.sched_getaffinity(0)))
-    tunables = [part for part in os.environ.get("GLIBC_TUNABLES", "").split(":") if part]
-    if not any(part.startswith(_HUGE_PAGES) for part in tunables):
-        tunables.append(f"{_HUGE_PAGES}=1")
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if _HUGE_PAGES not in tunables:
+        tunables = f"{tunables}:{_HUGE_PAGES}=1".lstrip(":")
     return {
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, bound)),
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
@@ -105,7 +105,7 @@ def _cpu_environment(cores: tuple[int, ...] | None) -> dict[str, str]:
         # vLLM compiles a few helpers even when eager: seconds, a compiler and a shared cache, for nothing on a CPU.
         "TORCHDYNAMO_DISABLE": "1",
         # A decode step reads all weights: in small pages up to a third slower, by where they lie. Nothing happens where the kernel forbids it.
-        "GLIBC_TUNABLES": ":".join(tunables),
+        "GLIBC_TUNABLES": tunables,
     }
 
 
