@@ -30,7 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)}; default: all")
     parser.add_argument("--quick", action="store_true", help="fewer repeats")
-    parser.add_argument("--rounds", type=int, default=1, help="how often the arms of dpo and loop take turns")
+    parser.add_argument("--rounds", type=int, default=1, help="how often the arms of dpo, loop and speculation take turns")
     parser.add_argument("--same-allocator", action="store_true", help="give TRL's step our allocator settings as well")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
@@ -55,7 +55,7 @@ def _measure(parts: list[str], quick: bool, rounds: int, same_allocator: bool) -
         "binding": lambda: [worker.measure_binding(steps)],
         "sync": lambda: weight_sync.measure(repeats=1 if quick else 3, restarts=1 if quick else 2),
         "loop": lambda: loop.measure(rounds),
-        "speculation": lambda: [line for heat in (0.0, speculation.WARM) for line in speculation.measure(heat, steps)],
+        "speculation": lambda: speculation.measure(rounds),
         "worker": lambda: worker.measure(steps),
     }
     remarked: dict[str, Callable[[], list[str]]] = {
@@ -67,8 +67,10 @@ def _measure(parts: list[str], quick: bool, rounds: int, same_allocator: bool) -
     }
     lines: list[Line] = []
     remarks: list[str] = []
+    minutes: list[str] = []
     for part in parts:
         print(f"{part}:", file=sys.stderr, flush=True)
+        began = time.monotonic()
         try:
             if part in remarked:
                 remarks += remarked[part]()
@@ -76,7 +78,8 @@ def _measure(parts: list[str], quick: bool, rounds: int, same_allocator: bool) -
                 lines += works[part]()
         except (RuntimeError, subprocess.TimeoutExpired) as problem:
             remarks.append(f"{part}: FAILED, no figure: {' '.join(str(problem).split())[-400:]}")
-    return lines, remarks
+        minutes.append(f"{part} {(time.monotonic() - began) / 60:.1f}")
+    return lines, [*remarks, f"minutes: {', '.join(minutes)}"]
 
 
 def _table(lines: list[Line], remarks: list[str]) -> str:
@@ -99,7 +102,8 @@ def _write(text: str, described: dict[str, str], quick: bool, took: float) -> No
     page = f"""# Benchmark results
 
 Written by `python -m bench`{mode} on {now}; it took {took / 60:.1f} minutes. A ratio above 1 means that ours is faster: baseline seconds by our
-seconds, medians of the repeats; "worst" is the baseline's fastest repeat by our slowest. What is counted: docs/bench.md.
+seconds, medians of the repeats; "worst" is the baseline's fastest repeat by our slowest. Of rewrites and answers: median and lowest ratio of
+neighbours in time. What is counted: docs/bench.md.
 
 {text}
 

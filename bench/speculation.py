@@ -1,9 +1,13 @@
-"""The improver's pass with proposals from the draft, against the same engine without: the same requests, float32, on the same cores.
+"""The improver's pass with proposals from the draft, against engines without: the same requests, float32, on the same cores.
 
-Rewrites: orders whose drafts hold two wrong fields, as many at once as named. Greedy, and sampled at a temperature as rollouts do. Answers:
-the policy's pass on the same engine, which gets no proposals and must not pay for them. Guard: token ids of answers and of greedy rewrites are
-the same in both arms; of sampled rewrites as many repeat their drafts, within four standard errors. Called by ``python -m bench``; also run as a
-child of itself.
+A plain engine and one with proposals live in one process and take turns, as a machine's hours differ by more than what is looked for. Two engines
+that are alike differ as well (the one that started first is mostly the slower one), so there are two such processes, and where the arms are
+close and rewrites sampled, as in rollouts, a third arm: the engine with proposals, told to make none.
+
+Rewrites: orders whose drafts hold two wrong fields, as many at once as named. Greedy, and sampled at a temperature as rollouts do. Answers: the
+policy's pass on the same engines, which gets no proposals and must not pay for them. Guard: all arms make the same token ids, but for sampled
+rewrites with proposals, of which as many repeat their drafts within four standard errors. Called by ``python -m bench``; also run as a child of
+itself.
 """
 
 from __future__ import annotations
@@ -12,12 +16,17 @@ import argparse
 import asyncio
 import hashlib
 import os
+import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from actors.draft_pointer import Frame
+import numpy as np
+
+from actors import draft_pointer
+from actors.draft_pointer import Frame, PointerProposer
 from actors.vllm_engine import EngineSpec, VllmEngine, engine_environment
 from bench.dpo_step import make_pairs
 from bench.machine import Line, answer, environment, run_arm, seconds
@@ -27,67 +36,127 @@ from sgpo_dist.records import Completion
 from sgpo_dist.roles import GenerateRequest, Sampling
 
 MODULE: Final = "bench.speculation"
-AT_ONCE: Final = (1, 4, 16, 64)
-FEWEST: Final = 8
-"""Requests of a timing; with more at once, as many as are at once."""
-ANSWERS_AT_ONCE: Final = 64
-PROPOSALS: Final = 6
-WARM: Final = 0.7
-MOST_TOKENS: Final = 80
+PROPOSALS: Final = {"plain": 0, "ours": 6}
+"""By engine."""
+MUTE: Final = "SGPO_BENCH_MUTE"
+"""The environment variable with the path of a file: while there is one, nothing is proposed."""
+FAR: Final = ("plain", "ours")
+CLOSE: Final = ("plain", "mute", "ours")
+REQUESTS: Final = {1: 4, 4: 8, 16: 16, 64: 64}
+"""Rewrites of a timing, by the number of them at once."""
+MOST_AT_ONCE: Final = max(REQUESTS)
+CLOSE_AT_ONCE: Final = 16
+TEMPERATURES: Final = (0.0, 0.7)
+REWRITE_TOKENS: Final = 80
+ANSWER_TOKENS: Final = 32
 DEADLINE_S: Final = 240.0
 
 
-def measure(temperature: float, repeats: int, model: str = "") -> list[Line]:
-    """A line for each number of requests at once, and one for the policy's answers. ``model`` is a directory; empty = the embedded one."""
-    options = {"temperature": temperature, "repeats": repeats, "model": model}
-    plain, ours = (run_arm(MODULE, arm, options, environment(allocator=False)) for arm in ("plain", "pointer"))
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Prompts' token ids, ``at_once`` of them in flight; ``arms`` take turns."""
+
+    name: str
+    rows: Sequence[tuple[int, ...]]
+    at_once: int
+    how: Sampling
+    arms: tuple[str, ...]
+
+
+def measure(turns: int, model: str = "") -> list[Line]:
+    """A line for each temperature, number of requests at once and baseline; ``turns`` of all arms in each of two processes, one for either order in
+    which the engines start. ``model`` is a directory; empty = the embedded one.
+    """
+    found = [run_arm(MODULE, first, {"turns": turns, "model": model}, environment(allocator=False)) for first in PROPOSALS]
     lines = []
-    for name in plain["took_s"]:
-        guard, passed = _guard(plain[name], ours[name], 0.0 if name.startswith("answers") else temperature)
-        tokens = ours[name]["tokens"] / min(seconds([ours["took_s"]], name))
-        notes = (f"{tokens:.0f} tokens/s at best with proposals; {ours[name]['copies']} of {ours[name]['requests']} rewrites repeat their drafts",)
-        title = f"{name} at {temperature:g}"
-        lines.append(Line(title, "no proposals", seconds([plain["took_s"]], name), seconds([ours["took_s"]], name), guard, passed, notes))
+    for name, arms in found[0]["works"].items():
+        both = {arm: [child["works"][name][arm] for child in found] for arm in arms}
+        lines += [_line(name, arm, both) for arm in arms if arm != "ours"]
     return lines
 
 
-def _guard(plain: dict[str, Any], ours: dict[str, Any], temperature: float) -> tuple[str, bool]:
-    if temperature == 0.0:
-        same = sum(one == other for one, other in zip(plain["digests"], ours["digests"], strict=True))
-        return f"{same} of {len(plain['digests'])} have the same token ids", same == len(plain["digests"])
-    shares = [arm["copies"] / arm["requests"] for arm in (plain, ours)]
+def _line(name: str, baseline: str, arms: dict[str, list[dict[str, Any]]]) -> Line:
+    theirs, ours = (seconds(arms[arm], "took_s") for arm in (baseline, "ours"))
+    if baseline == "mute":
+        return Line(f"{name}, against itself told to propose nothing", baseline, theirs, ours, *_same(arms["plain"], arms["mute"]), by_turns=True)
+    sampled_rewrites = name.startswith("rewrites") and not name.endswith(" 0")
+    guard, passed = (_as_many if sampled_rewrites else _same)(arms["plain"], arms["ours"])
+    copies, requests = (sum(child[key] for child in arms["ours"]) for key in ("copies", "requests"))
+    notes = (f"{arms['ours'][0]['tokens'] / min(ours):.0f} tokens/s at best with proposals; {copies} of {requests} rewrites repeat their drafts",)
+    return Line(name, baseline, theirs, ours, guard, passed, notes, by_turns=True)
+
+
+def _same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[str, bool]:
+    pairs = [pair for left, right in zip(one, other, strict=True) for pair in zip(left["digests"], right["digests"], strict=True)]
+    same = sum(left == right for left, right in pairs)
+    return f"{same} of {len(pairs)} have the same token ids", same == len(pairs)
+
+
+def _as_many(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[str, bool]:
+    requests = sum(child["requests"] for child in one)
+    shares = [sum(child["copies"] for child in arm) / requests for arm in (one, other)]
     mean = sum(shares) / 2
-    error = max((2 * mean * (1 - mean) / plain["requests"]) ** 0.5, 1 / plain["requests"])
+    error = max((2 * mean * (1 - mean) / requests) ** 0.5, 1 / requests)
     return f"{shares[0]:.0%} and {shares[1]:.0%} repeat their drafts, allowed 4 * {error:.0%} apart", abs(shares[0] - shares[1]) <= 4 * error
 
 
-async def run_engine(proposes: bool, temperature: float, repeats: int, model: Path) -> dict[str, Any]:
-    """Timings by name, and what was made."""
+class SwitchedProposer(PointerProposer):
+    """One that falls silent while the file at ``MUTE`` is there. Made by vLLM in its engine's process."""
+
+    def propose(
+        self, sampled_token_ids: Sequence[Sequence[int]], num_tokens_no_spec: np.ndarray, token_ids_cpu: np.ndarray, slot_mappings: Any = None
+    ) -> list[list[int]]:
+        """As the pointer does, or nothing for any row."""
+        if os.path.exists(os.environ[MUTE]):
+            return [[] for _ in sampled_token_ids]
+        return super().propose(sampled_token_ids, num_tokens_no_spec, token_ids_cpu, slot_mappings)
+
+
+async def run_engines(first: str, turns: int, model: Path, switch: Path) -> dict[str, Any]:
+    """By name of the work and arm: timings, and what was made. The ``first`` engine starts first; a file at ``switch`` silences the proposals."""
     book = PromptBook(load_tokenizer(model))
-    pairs = make_pairs(book, max(AT_ONCE))
+    pairs = make_pairs(book, MOST_AT_ONCE)
     drafts = [pair.rejected.text for pair in pairs]
     rewrites = [book.improver_ids(pair.prompt, draft) for pair, draft in zip(pairs, drafts, strict=True)]
     answers = [pair.prompt_ids for pair in pairs]
-    spec = engine_spec(model, book, PROPOSALS if proposes else 0)
-    os.environ.update(engine_environment(spec))
-    engine = VllmEngine(spec)
-    found: dict[str, Any] = {"took_s": {}}
+    draft_pointer.PROPOSER, os.environ[MUTE] = f"{MODULE}.{SwitchedProposer.__name__}", str(switch)  # type: ignore[misc]
+    engines: dict[str, VllmEngine] = {}
+    found: dict[str, Any] = {}
     try:
-        await asyncio.wait_for(engine.start(), DEADLINE_S)
-        for rows in (rewrites, answers):  # memory that was never touched costs seconds
-            await together(engine, rows, max(AT_ONCE), temperature)
-        works = [(f"rewrites, {count} at once", rewrites, count) for count in AT_ONCE]
-        works.append((f"answers, {ANSWERS_AT_ONCE} at once", answers, ANSWERS_AT_ONCE))
-        for name, rows, count in works:
-            took = []
-            for _ in range(repeats):
-                began = time.perf_counter()
-                made = await together(engine, rows[: max(FEWEST, count)], count, temperature)
-                took.append(time.perf_counter() - began)
-            found["took_s"][name] = took
-            found[name] = _made(made, drafts)
+        for arm in sorted(PROPOSALS, key=lambda arm: arm != first):
+            spec = engine_spec(model, book, PROPOSALS[arm])
+            os.environ.update(engine_environment(spec))
+            engines[arm] = VllmEngine(spec)
+            await asyncio.wait_for(engines[arm].start(), DEADLINE_S)
+            await together(engines[arm], rewrites, MOST_AT_ONCE, Sampling(0.0, 1.0, 0, REWRITE_TOKENS))  # memory never touched costs seconds
+        for heat in TEMPERATURES:
+            how, short = (Sampling(heat, 1.0, 0, most) for most in (REWRITE_TOKENS, ANSWER_TOKENS))
+            works = [
+                Work(f"rewrites, {count} at once at {heat:g}", rewrites[:number], count, how, CLOSE if heat and count >= CLOSE_AT_ONCE else FAR)
+                for count, number in REQUESTS.items()
+            ]
+            works.append(Work(f"answers, {MOST_AT_ONCE} at once at {heat:g}", answers, MOST_AT_ONCE, short, FAR))
+            for work in works:
+                found[work.name] = await _by_turns(engines, work, turns, drafts, switch)
     finally:
-        await engine.stop()
+        for engine in engines.values():
+            await engine.stop()
+    return found
+
+
+async def _by_turns(engines: dict[str, VllmEngine], work: Work, turns: int, drafts: Sequence[str], switch: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {arm: {"took_s": []} for arm in work.arms}
+    order = work.arms if next(iter(engines)) == "plain" else work.arms[::-1]
+    for _ in range(turns):
+        for arm in order:
+            if arm == "mute":
+                switch.touch()
+            began = time.perf_counter()
+            made = await together(engines["plain" if arm == "plain" else "ours"], work.rows, work.at_once, work.how)
+            found[arm]["took_s"].append(time.perf_counter() - began)
+            switch.unlink(missing_ok=True)
+            found[arm] |= _made(made, drafts)
+        order = order[::-1]
     return found
 
 
@@ -95,14 +164,14 @@ def engine_spec(model: Path, book: PromptBook, proposals: int) -> EngineSpec:
     """A float32 engine on all cores, as the rollout worker makes it."""
     frame = Frame(*book.improver_frame())
     return EngineSpec(
-        str(model), max_model_len=768, max_num_seqs=max(AT_ONCE), log_level="WARNING", stop_token_ids=(book.eos_id,),
+        str(model), max_model_len=768, max_num_seqs=MOST_AT_ONCE, log_level="WARNING", stop_token_ids=(book.eos_id,),
         num_speculative_tokens=proposals, draft_frame=frame,
     )  # fmt: skip
 
 
-async def together(engine: VllmEngine, rows: Sequence[tuple[int, ...]], at_once: int, temperature: float) -> list[Completion]:
+async def together(engine: VllmEngine, rows: Sequence[tuple[int, ...]], at_once: int, how: Sampling) -> list[Completion]:
     """All of them, ``at_once`` in flight; seeded by their place."""
-    room, how = asyncio.Semaphore(at_once), Sampling(temperature, 1.0, 0, MOST_TOKENS)
+    room = asyncio.Semaphore(at_once)
 
     async def one(number: int, ids: tuple[int, ...]) -> Completion:
         async with room:
@@ -121,15 +190,15 @@ def _made(completions: Sequence[Completion], drafts: Sequence[str]) -> dict[str,
 
 
 def main() -> None:
-    """One arm, as a child of ``measure``."""
+    """All arms in one process, as a child of ``measure``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arm", choices=["plain", "pointer"], required=True)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--arm", choices=list(PROPOSALS), required=True, help="whose engine starts first")
+    parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--model", default="")
     options = parser.parse_args()
     model = Path(options.model) if options.model else embedded_model_dir()
-    answer(options.arm, **asyncio.run(run_engine(options.arm == "pointer", options.temperature, options.repeats, model)))
+    with tempfile.TemporaryDirectory() as place:
+        answer(options.arm, works=asyncio.run(run_engines(options.arm, options.turns, model, Path(place, "mute"))))
 
 
 if __name__ == "__main__":

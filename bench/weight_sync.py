@@ -1,9 +1,10 @@
 """New weights into a running engine, against two ways through the disk: the same model, float32, on the same cores.
 
 What is counted, in all arms: from the weights in memory to the first token that they sample. ``restart``: write a model directory, start
-vLLM (its import included), one token. ``reload``: ``save_pretrained``, vLLM's own ``reload_weights`` of that directory, one token. ``sync``:
-write the file to shared memory and digest it, ``receive`` (which proves the version with the probes), one token. Guard: the engine's log-probs
-of the probes are those that transformers computes with the same weights; a reload's are told and no guard, since it leaves a tied head stale.
+vLLM (its import included), one token. On one running engine, ``reload``: ``save_pretrained``, vLLM's own ``reload_weights`` of that directory,
+one token; and ``sync``: write the file to shared memory and digest it, ``receive`` (which proves the version with the probes), one token. Guard:
+the engine's log-probs of the probes are those that transformers computes with the same weights; a reload's are told and no guard, since it leaves
+a tied head stale.
 Called by ``python -m bench``; also run as a child of itself.
 """
 
@@ -44,8 +45,8 @@ def measure(repeats: int, restarts: int) -> list[Line]:
     """Both ratios. ``repeats`` versions are received, and as many reloaded, by one engine; ``restarts`` engines are started, one of them first."""
     variables = environment(allocator=False)
     started = [run_arm(MODULE, "restart", {}, variables)]
-    synced = [run_arm(MODULE, "sync", {"repeats": repeats}, variables)]
-    reloaded = [run_arm(MODULE, "reload", {"repeats": repeats}, variables)]
+    running = run_arm(MODULE, "running", {"repeats": repeats}, variables)
+    synced, reloaded = [running["sync"]], [running["reload"]]
     started += [run_arm(MODULE, "restart", {}, variables) for _ in range(restarts - 1)]
     gap = max(value for arm in (*started, *synced) for value in arm["gaps"])
     guard = f"mean gap of the probes' log-probs to transformers' {gap:.1e} nats, allowed {TOLERANCE:.0e}"
@@ -87,46 +88,38 @@ async def run_restart(model: Any, probes: tuple[ProbeRow, ...], prompt_ids: tupl
     return {"took_s": [took], "gaps": [mean_abs_gap(expected, got)]}
 
 
-async def run_sync(model: Any, probes: tuple[ProbeRow, ...], prompt_ids: tuple[int, ...], folder: Path, repeats: int) -> dict[str, Any]:
-    """One engine; ``repeats`` perturbed versions after one that warms up."""
+async def run_running(
+    model: Any, probes: tuple[ProbeRow, ...], prompt_ids: tuple[int, ...], folder: Path, memory: Path, repeats: int
+) -> dict[str, dict[str, list[float]]]:
+    """One engine; ``repeats`` perturbed versions each way, after one each that warms up. Reloads come last, as they leave a tied head stale."""
     spec = engine_spec(embedded_model_dir(), probes)
     os.environ.update(engine_environment(spec))
     engine = VllmEngine(spec)
-    columns: dict[str, list[float]] = {"took_s": [], "write_s": [], "stall_s": [], "gaps": []}
+    found: dict[str, dict[str, list[float]]] = {}
     try:
         await asyncio.wait_for(engine.start(), START_DEADLINE_S)
-        for version in range(repeats + 1):
-            perturb(model, seed=version)
-            row = await _sync_once(engine, model, version, probes, prompt_ids, folder)
-            if version:
-                for name, value in row.items():
-                    columns[name].append(value)
+        for name, once, place in (("sync", _sync_once, memory), ("reload", _reload_once, folder)):
+            rows = []
+            for version in range(repeats + 1):
+                perturb(model, seed=version)
+                rows.append(await once(engine, model, version, probes, prompt_ids, place))
+            found[name] = {key: [row[key] for row in rows[1:]] for key in rows[0]}
     finally:
         await engine.stop()
-    return columns
+    return found
 
 
-async def run_reload(model: Any, probes: tuple[ProbeRow, ...], prompt_ids: tuple[int, ...], folder: Path, repeats: int) -> dict[str, Any]:
-    """One engine; ``repeats`` perturbed versions through the disk after one that warms up."""
-    spec = engine_spec(embedded_model_dir(), probes)
-    os.environ.update(engine_environment(spec))
-    engine = VllmEngine(spec)
-    took, gaps = [], []
-    try:
-        await asyncio.wait_for(engine.start(), START_DEADLINE_S)
-        for version in range(repeats + 1):
-            perturb(model, seed=version)
-            expected = transformers_logps(model, probes)
-            began = time.perf_counter()
-            model.save_pretrained(folder)
-            await engine._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-            await engine._llm.reset_prefix_cache()
-            await first_token(engine, prompt_ids, f"first-{version}")
-            took.append(time.perf_counter() - began)
-            gaps.append(mean_abs_gap(expected, await asyncio.wait_for(engine.logps(probes), DEADLINE_S)))
-    finally:
-        await engine.stop()
-    return {"took_s": took[1:], "gaps": gaps[1:]}
+async def _reload_once(
+    engine: VllmEngine, model: Any, version: int, probes: tuple[ProbeRow, ...], prompt_ids: tuple[int, ...], folder: Path
+) -> dict[str, float]:
+    expected = transformers_logps(model, probes)
+    began = time.perf_counter()
+    model.save_pretrained(folder)
+    await engine._llm.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+    await engine._llm.reset_prefix_cache()
+    await first_token(engine, prompt_ids, f"first-reloaded-{version}")
+    took = time.perf_counter() - began
+    return {"took_s": took, "gaps": mean_abs_gap(expected, await asyncio.wait_for(engine.logps(probes), DEADLINE_S))}
 
 
 async def _sync_once(
@@ -201,7 +194,7 @@ def probe_rows(book: PromptBook) -> tuple[ProbeRow, ...]:
 def main() -> None:
     """One arm, as a child of ``measure``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arm", choices=["restart", "reload", "sync"], required=True)
+    parser.add_argument("--arm", choices=["restart", "running"], required=True)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
 
@@ -210,13 +203,12 @@ def main() -> None:
 
     model = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32).eval()
     probes = probe_rows(PromptBook(load_tokenizer(embedded_model_dir())))
-    place = SHARED_MEMORY if options.arm == "sync" and SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2**30 else None
-    with tempfile.TemporaryDirectory(prefix="sgpo-bench-", dir=place) as folder:
+    shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2**30 else None
+    with tempfile.TemporaryDirectory(prefix="sgpo-bench-") as folder, tempfile.TemporaryDirectory(prefix="sgpo-bench-", dir=shared) as memory:
         if options.arm == "restart":
             found = asyncio.run(run_restart(model, probes, probes[0].prompt_ids, Path(folder)))
         else:
-            run = run_sync if options.arm == "sync" else run_reload
-            found = asyncio.run(run(model, probes, probes[0].prompt_ids, Path(folder), options.repeats))
+            found = asyncio.run(run_running(model, probes, probes[0].prompt_ids, Path(folder), Path(memory), options.repeats))
     answer(options.arm, **found)
 
 

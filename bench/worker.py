@@ -3,8 +3,8 @@
 ``worker``: the same prompts, answered and rewritten with the same seeds, once by two calls of the engine a prompt and nothing else, once by a real
 RolloutWorker that leases them from a real PairBuffer (SQLite, synchronous=FULL) and puts the pairs back. Guard: the same number of tokens.
 ``prefix``: several samples a prompt, each rewritten; prompt tokens by prompt tokens that were not in the cache, as the engine counts them.
-Guard: with the cache off the texts are the same. ``binding`` (C17): the engine as vLLM binds it by itself and as we bind it, to all cores, with
-nobody else at work. Guard: the same texts. Called by ``python -m bench``; also run as a child of itself.
+Guard: where nothing is found in the cache the texts are the same. ``binding`` (C17): the engine as vLLM binds it by itself and as we bind it, to
+all cores, with nobody else at work. Guard: the same texts. Called by ``python -m bench``; also run as a child of itself.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def measure(repeats: int) -> list[Line]:
 
 def measure_prefix() -> list[str]:
     """The prefix cache's remark."""
-    on, off = (run_arm(MODULE, arm, {}, environment(allocator=False)) for arm in ("cached", "uncached"))
+    found = run_arm(MODULE, "prefix", {}, environment(allocator=False))
+    on, off = found["cached"], found["uncached"]
     saved = on["prompt_tokens"] / (on["prompt_tokens"] - on["cached_tokens"])
     same = on["texts"] == off["texts"]
     verdict = "ok" if same and not off["cached_tokens"] else "FAILED: the texts differ"
@@ -76,12 +77,9 @@ def _prompts(count: int) -> list[Prompt]:
     return [Prompt(str(row["id"]), (Message("user", row["prompt"]),)) for row in chat.rows("train")[:count]]
 
 
-async def _started(cached: bool = True, bound: bool = True) -> tuple[VllmEngine, PromptBook]:
+async def _started(bound: bool = True) -> tuple[VllmEngine, PromptBook]:
     book = PromptBook(load_tokenizer(embedded_model_dir()))
-    kwargs = {} if cached else {"enable_prefix_caching": False}
-    spec = EngineSpec(
-        str(embedded_model_dir()), max_num_seqs=AT_ONCE, log_level="WARNING", stop_token_ids=(book.eos_id,), engine_kwargs=kwargs
-    )  # fmt: skip
+    spec = EngineSpec(str(embedded_model_dir()), max_num_seqs=AT_ONCE, log_level="WARNING", stop_token_ids=(book.eos_id,))
     os.environ.update(engine_environment(spec))
     if not bound:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "auto"
@@ -167,25 +165,38 @@ async def run_binding(repeats: int, bound: bool) -> dict[str, Any]:
 # ---- the prefix cache -----------------------------------------------------------------------------------------------------------------
 
 
-async def run_prefix(cached: bool) -> dict[str, Any]:
-    """Greedy, so that texts compare; samples of one prompt differ by a sentence that is put before their drafts."""
-    engine, book = await _started(cached)
-    counts = {"prompt_tokens": 0, "cached_tokens": 0}
-    texts: list[str] = []
+async def run_prefix() -> dict[str, Any]:
+    """Both ways on one engine: without the cache every request has a salt of its own, with which its tokens are nobody else's."""
+    engine, book = await _started()
     try:
-        for number, prompt in enumerate(_prompts(SAMPLED_PROMPTS)):
-            for sample in range(SAMPLES):
-                draft = await _counted(engine, counts, f"{number}-{sample}-a", book.policy_ids(prompt))
-                texts.append(await _counted(engine, counts, f"{number}-{sample}-b", book.improver_ids(prompt, f"Sample {sample}. {draft}")))
+        return {name: await _all_samples(engine, book, salted) for name, salted in (("uncached", True), ("cached", False))}
     finally:
         await engine.stop()
+
+
+async def _all_samples(engine: VllmEngine, book: PromptBook, salted: bool) -> dict[str, Any]:
+    """Greedy, so that texts compare; samples of one prompt differ by a sentence that is put before their drafts. All prompts at once."""
+    counts = {"prompt_tokens": 0, "cached_tokens": 0}
+
+    async def samples(number: int, prompt: Prompt) -> list[str]:
+        texts = []
+        for sample in range(SAMPLES):
+            name = f"{salted}-{number}-{sample}"
+            draft = await _counted(engine, counts, f"{name}-a", book.policy_ids(prompt), salted)
+            texts.append(await _counted(engine, counts, f"{name}-b", book.improver_ids(prompt, f"Sample {sample}. {draft}"), salted))
+        return texts
+
+    texts = await asyncio.wait_for(asyncio.gather(*(samples(number, prompt) for number, prompt in enumerate(_prompts(SAMPLED_PROMPTS)))), DEADLINE_S)
     return {**counts, "texts": texts}
 
 
-async def _counted(engine: VllmEngine, counts: dict[str, int], name: str, ids: tuple[int, ...]) -> str:
+async def _counted(engine: VllmEngine, counts: dict[str, int], name: str, ids: tuple[int, ...], salted: bool) -> str:
     from vllm import SamplingParams
+    from vllm.inputs.engine import tokens_input
 
-    output = await engine._run(name, ids, SamplingParams(**sampling_arguments(GREEDY, 0)))
+    prompt = tokens_input(list(ids), cache_salt=name if salted else None)
+    async for newest in engine._llm.generate(prompt, SamplingParams(**sampling_arguments(GREEDY, 0)), name):
+        output = newest
     counts["prompt_tokens"] += len(ids)
     counts["cached_tokens"] += output.num_cached_tokens or 0
     return str(output.outputs[0].text)
@@ -194,7 +205,7 @@ async def _counted(engine: VllmEngine, counts: dict[str, int], name: str, ids: t
 def main() -> None:
     """One arm, as a child of ``measure`` and ``measure_prefix``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arm", choices=["worker", "cached", "uncached", "auto", "bound"], required=True)
+    parser.add_argument("--arm", choices=["worker", "prefix", "auto", "bound"], required=True)
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     if options.arm == "worker":
@@ -202,7 +213,7 @@ def main() -> None:
     elif options.arm in ("auto", "bound"):
         work = run_binding(options.repeats, options.arm == "bound")
     else:
-        work = run_prefix(options.arm == "cached")
+        work = run_prefix()
     answer(options.arm, **asyncio.run(work))
 
 
