@@ -40,15 +40,19 @@ PROPOSALS: Final = {"plain": 0, "ours": 6}
 """By engine."""
 MUTE: Final = "SGPO_BENCH_MUTE"
 """The environment variable with the path of a file: while there is one, nothing is proposed."""
+REWRITES: Final = "rewrites"
+ANSWERS: Final = "answers"
 FAR: Final = ("plain", "ours")
 CLOSE: Final = ("plain", "mute", "ours")
 REQUESTS: Final = {1: 4, 4: 8, 16: 16, 64: 64}
 """Rewrites of a timing, by the number of them at once."""
 MOST_AT_ONCE: Final = max(REQUESTS)
 CLOSE_AT_ONCE: Final = 16
+CLOSE_TURNS: Final = 2
+"""From ``CLOSE_AT_ONCE`` on arms differ by less than their repeats do: so many times the turns."""
 TEMPERATURES: Final = (0.0, 0.7)
 REWRITE_TOKENS: Final = 80
-ANSWER_TOKENS: Final = 32
+ANSWER_TOKENS: Final = 24
 DEADLINE_S: Final = 240.0
 
 
@@ -56,33 +60,52 @@ DEADLINE_S: Final = 240.0
 class Work:
     """Prompts' token ids, ``at_once`` of them in flight; ``arms`` take turns."""
 
-    name: str
+    task: str
     rows: Sequence[tuple[int, ...]]
     at_once: int
     how: Sampling
-    arms: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """As the table names it."""
+        return f"{self.task}, {self.at_once} at once at {self.how.temperature:g}"
+
+    @property
+    def draws_differ(self) -> bool:
+        """Proposals are for rewrites, and where these are sampled they change what is drawn."""
+        return self.task == REWRITES and self.how.temperature > 0
+
+    @property
+    def is_close(self) -> bool:
+        """Whether little is won or lost."""
+        return self.at_once >= CLOSE_AT_ONCE
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """In the order in which a plain engine that started first takes its turn."""
+        return CLOSE if self.is_close and self.draws_differ else FAR
 
 
 def measure(turns: int, model: str = "") -> list[Line]:
-    """A line for each temperature, number of requests at once and baseline; ``turns`` of all arms in each of two processes, one for either order in
-    which the engines start. ``model`` is a directory; empty = the embedded one.
+    """A line for each temperature, number of requests at once and baseline; ``turns`` of all arms, where they are close twice as many, in each of two
+    processes, one for either order in which the engines start. ``model`` is a directory; empty = the embedded one.
     """
     found = [run_arm(MODULE, first, {"turns": turns, "model": model}, environment(allocator=False)) for first in PROPOSALS]
     lines = []
-    for name, arms in found[0]["works"].items():
-        both = {arm: [child["works"][name][arm] for child in found] for arm in arms}
-        lines += [_line(name, arm, both) for arm in arms if arm != "ours"]
+    for name, work in found[0]["works"].items():
+        both = {arm: [child["works"][name]["arms"][arm] for child in found] for arm in work["arms"]}
+        lines += [_line(name, arm, both, work["draws_differ"]) for arm in work["arms"] if arm != "ours"]
     return lines
 
 
-def _line(name: str, baseline: str, arms: dict[str, list[dict[str, Any]]]) -> Line:
+def _line(name: str, baseline: str, arms: dict[str, list[dict[str, Any]]], draws_differ: bool) -> Line:
     theirs, ours = (seconds(arms[arm], "took_s") for arm in (baseline, "ours"))
     if baseline == "mute":
         return Line(f"{name}, against itself told to propose nothing", baseline, theirs, ours, *_same(arms["plain"], arms["mute"]), by_turns=True)
-    sampled_rewrites = name.startswith("rewrites") and not name.endswith(" 0")
-    guard, passed = (_as_many if sampled_rewrites else _same)(arms["plain"], arms["ours"])
+    guard, passed = (_as_many if draws_differ else _same)(arms["plain"], arms["ours"])
     copies, requests = (sum(child[key] for child in arms["ours"]) for key in ("copies", "requests"))
-    notes = (f"{arms['ours'][0]['tokens'] / min(ours):.0f} tokens/s at best with proposals; {copies} of {requests} rewrites repeat their drafts",)
+    best = max(child["tokens"] / min(child["took_s"]) for child in arms["ours"])
+    notes = (f"{best:.0f} tokens/s at best with proposals; {copies} of {requests} texts repeat their drafts",)
     return Line(name, baseline, theirs, ours, guard, passed, notes, by_turns=True)
 
 
@@ -113,7 +136,7 @@ class SwitchedProposer(PointerProposer):
 
 
 async def run_engines(first: str, turns: int, model: Path, switch: Path) -> dict[str, Any]:
-    """By name of the work and arm: timings, and what was made. The ``first`` engine starts first; a file at ``switch`` silences the proposals."""
+    """By work and arm: timings, and what was made. The ``first`` engine starts first; a file at ``switch`` silences the proposals."""
     book = PromptBook(load_tokenizer(model))
     pairs = make_pairs(book, MOST_AT_ONCE)
     drafts = [pair.rejected.text for pair in pairs]
@@ -131,13 +154,10 @@ async def run_engines(first: str, turns: int, model: Path, switch: Path) -> dict
             await together(engines[arm], rewrites, MOST_AT_ONCE, Sampling(0.0, 1.0, 0, REWRITE_TOKENS))  # memory never touched costs seconds
         for heat in TEMPERATURES:
             how, short = (Sampling(heat, 1.0, 0, most) for most in (REWRITE_TOKENS, ANSWER_TOKENS))
-            works = [
-                Work(f"rewrites, {count} at once at {heat:g}", rewrites[:number], count, how, CLOSE if heat and count >= CLOSE_AT_ONCE else FAR)
-                for count, number in REQUESTS.items()
-            ]
-            works.append(Work(f"answers, {MOST_AT_ONCE} at once at {heat:g}", answers, MOST_AT_ONCE, short, FAR))
-            for work in works:
-                found[work.name] = await _by_turns(engines, work, turns, drafts, switch)
+            works = [Work(REWRITES, rewrites[:number], count, how) for count, number in REQUESTS.items()]
+            for work in [*works, Work(ANSWERS, answers, MOST_AT_ONCE, short)]:
+                arms = await _by_turns(engines, work, turns * (CLOSE_TURNS if work.is_close else 1), drafts, switch)
+                found[work.name] = {"draws_differ": work.draws_differ, "arms": arms}
     finally:
         for engine in engines.values():
             await engine.stop()

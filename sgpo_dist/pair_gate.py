@@ -144,7 +144,8 @@ def _no_change(response: str, refinement: str, gate: GateRules) -> RefusalReason
 def _talk(response: str, refinement: str, told: str) -> RefusalReason | None:
     if talks_about_the_task(refinement) and not talks_about_the_task(response):
         return RefusalReason.META_TALK
-    leaked = _runs(told) & _runs(refinement) - _runs(response)
+    repeated = _runs(told) & _runs(refinement)
+    leaked = repeated and repeated - _runs(response)
     return RefusalReason.INSTRUCTION_LEAK if leaked else None
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from importlib import resources
 from itertools import takewhile
 from pathlib import Path
@@ -184,6 +185,7 @@ def parse_refinement(text: str, draft: str = "") -> str:
     return text
 
 
+@cache
 def instruction(template: str) -> str:
     """The fixed instruction of a template such as 'improver.v1': its first paragraph; empty for a name without a file."""
     path = _folder() / f"{template}.jinja"

@@ -9,6 +9,24 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from enum import StrEnum
+from operator import attrgetter
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def pickled_as_a_call(cls: type[T]) -> type[T]:
+    """Class decorator, above ``dataclass(slots=True)``: a pickled instance is a call of its class with its fields.
+
+    Left alone, a frozen dataclass with slots is taken apart and put together again in Python, field by field, which a buffer pays for each pair.
+    """
+    values = attrgetter(*cls.__slots__)  # type: ignore[attr-defined]
+
+    def reduce(self: T) -> tuple[type[T], tuple[Any, ...]]:
+        return cls, values(self)
+
+    cls.__reduce__ = reduce  # type: ignore[assignment]
+    return cls
 
 
 class Role(StrEnum):
@@ -56,6 +74,7 @@ class RefusalReason(StrEnum):
     POISON = "poison"
 
 
+@pickled_as_a_call
 @dataclass(frozen=True, slots=True)
 class Message:
     """One chat turn."""
@@ -64,6 +83,7 @@ class Message:
     content: str
 
 
+@pickled_as_a_call
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """What the policy is asked. ``reference`` is a trusted answer, or None for a bare prompt.
@@ -83,6 +103,7 @@ class Prompt:
         return self.messages[-1].content
 
 
+@pickled_as_a_call
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One sampled (or written) answer. ``token_ids`` include the end token when ``finish_reason`` is STOP.
@@ -96,6 +117,7 @@ class Completion:
     version: int
 
 
+@pickled_as_a_call
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
     """(prompt, response, refinement): refinement is preferred. In the improver stage the refinement is a reviser's revision."""
@@ -124,6 +146,7 @@ class PreferencePair:
         return min(self.response.version, self.refinement.version)
 
 
+@pickled_as_a_call
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """A prompt that gave no pair, and why. The texts are kept for people where there are any."""

@@ -36,9 +36,13 @@ def plain_words(text: str) -> list[str]:
 def common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
     """Length of the longest common subsequence.
 
-    Bit-parallel: row i of the table is one big integer whose zero bits mark the growth of the length, so 2,000 words against
-    2,000 take milliseconds (Hyyrö, "Bit-parallel LCS-length computation revisited", 2004).
+    What both begin and end with is counted apart. Bit-parallel: row i of the table of the rest is one big integer whose zero bits mark the growth of
+    the length, so 2,000 words against 2,000 take milliseconds (Hyyrö, "Bit-parallel LCS-length computation revisited", 2004).
     """
+    shared = _common_start(a, b)
+    a, b = a[shared:], b[shared:]
+    shared_end = _common_start(a[::-1], b[::-1])
+    a, b = a[: len(a) - shared_end], b[: len(b) - shared_end]
     places: dict[str, int] = {}
     for place, word in enumerate(a):
         places[word] = places.get(word, 0) | 1 << place
@@ -47,7 +51,11 @@ def common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
     for word in b:
         hits = row & places.get(word, 0)
         row = ((row + hits) | (row - hits)) & full
-    return len(a) - row.bit_count()
+    return shared + shared_end + len(a) - row.bit_count()
+
+
+def _common_start(a: Sequence[str], b: Sequence[str]) -> int:
+    return next((place for place, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
 
 
 def edit_ratio(a: str, b: str) -> float:

@@ -22,10 +22,12 @@ from sgpo_dist.records import Completion, FinishReason, Message, PreferencePair,
 
 COMPRESS_ABOVE: Final = 4096
 ZLIB_LEVEL: Final = 1
+_JSON: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 Text = str | bytes
 Field = str | bytes | int | None
 Row = tuple[Any, ...]
+_Half = tuple[str | None, bytes | None, str | None, int | None]
 
 
 def pack_text(text: str) -> Text:
@@ -63,11 +65,11 @@ def unpack_ids(blob: bytes) -> tuple[int, ...]:
 
 def digest(*fields: Field) -> str:
     """Blake2b-128 (32 hex digits) over the fields, each tagged and length-prefixed so that no two field lists collide."""
-    state = hashlib.blake2b(digest_size=16)
+    parts: list[bytes] = []
     for field in fields:
         tag, raw = _tagged(field)
-        state.update(tag + len(raw).to_bytes(8, "little") + raw)
-    return state.hexdigest()
+        parts += (tag, len(raw).to_bytes(8, "little"), raw)
+    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
 def _tagged(field: Field) -> tuple[bytes, bytes]:
@@ -101,7 +103,7 @@ def unpack_prompt(prompt_id: str, messages: Text, reference: Text | None, source
 
 
 def _messages_json(prompt: Prompt) -> str:
-    return json.dumps([[message.role, message.content] for message in prompt.messages], ensure_ascii=False, separators=(",", ":"))
+    return _JSON.encode([[message.role, message.content] for message in prompt.messages])
 
 
 # ---- outcomes --------------------------------------------------------------------------------------------------------------------
@@ -109,10 +111,10 @@ def _messages_json(prompt: Prompt) -> str:
 
 def pack_pair(pair: PreferencePair, worker: str, incarnation: int) -> Row:
     """Columns of ``pairs``."""
-    content = _completion_fields(pair.response) + _completion_fields(pair.refinement)
-    mark = digest(pair.uid, str(pair.stage), pair.prompt.prompt_id, pack_ids(pair.prompt_ids), *content, pair.template, worker, incarnation)
-    halves = _completion_columns(pair.response) + _completion_columns(pair.refinement)
-    return (pair.uid, pack_ids(pair.prompt_ids), *halves, pair.template, worker, incarnation, mark)
+    prompt_ids, *halves = pack_ids(pair.prompt_ids), _fields(pair.response), _fields(pair.refinement)
+    content = (prompt_ids, *halves[0], *halves[1], pair.template, worker, incarnation)
+    mark = digest(pair.uid, str(pair.stage), pair.prompt.prompt_id, *content)
+    return (pair.uid, prompt_ids, *_columns(halves[0]), *_columns(halves[1]), pair.template, worker, incarnation, mark)
 
 
 def unpack_pair(uid: str, stage: str, prompt: Prompt, columns: Row) -> PreferencePair:
@@ -126,10 +128,10 @@ def unpack_pair(uid: str, stage: str, prompt: Prompt, columns: Row) -> Preferenc
 
 def pack_refusal(refusal: Refusal, worker: str, incarnation: int) -> Row:
     """Columns of ``refusals``."""
-    content = _completion_fields(refusal.response) + _completion_fields(refusal.refinement)
-    mark = digest(refusal.uid, str(refusal.stage), refusal.prompt_id, str(refusal.reason), refusal.detail, *content, worker, incarnation)
-    halves = _completion_columns(refusal.response) + _completion_columns(refusal.refinement)
-    return (refusal.uid, str(refusal.reason), pack_text(refusal.detail), *halves, worker, incarnation, mark)
+    halves = _fields(refusal.response), _fields(refusal.refinement)
+    content = (str(refusal.reason), refusal.detail, *halves[0], *halves[1], worker, incarnation)
+    mark = digest(refusal.uid, str(refusal.stage), refusal.prompt_id, *content)
+    return (refusal.uid, str(refusal.reason), pack_text(refusal.detail), *_columns(halves[0]), *_columns(halves[1]), worker, incarnation, mark)
 
 
 def unpack_refusal(uid: str, stage: str, prompt_id: str, columns: Row) -> Refusal:
@@ -143,17 +145,17 @@ def journal_digest(stage: Stage, step: int, version: int, incarnation: int, uids
     return digest(str(stage), step, version, incarnation, uids)
 
 
-def _completion_fields(completion: Completion | None) -> tuple[Field, Field, Field, Field]:
+def _fields(completion: Completion | None) -> _Half:
     """What enters the digest: text, ids, finish reason, version."""
     if completion is None:
         return (None, None, None, None)
     return (completion.text, pack_ids(completion.token_ids), str(completion.finish_reason), completion.version)
 
 
-def _completion_columns(completion: Completion | None) -> Row:
-    if completion is None:
-        return (None, None, None, None)
-    return (pack_text(completion.text), pack_ids(completion.token_ids), str(completion.finish_reason), completion.version)
+def _columns(half: _Half) -> Row:
+    """What enters the row."""
+    text, *rest = half
+    return (None if text is None else pack_text(text), *rest)
 
 
 def _completion(columns: Sequence[Any]) -> Completion | None:

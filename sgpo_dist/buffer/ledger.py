@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -84,6 +85,9 @@ class _OpenStage:
     alignment: _Alignment
     last_step: int
     admission: Admission
+
+
+_StageOf = Callable[[Stage, int], _OpenStage]
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +212,8 @@ class Ledger:
     def put_group(self, requests: Sequence[PutRequest]) -> list[PutReceipt | SgpoError]:
         """Many callers' outcomes in one transaction; a caller whose outcomes are refused gets its error, the others their receipts."""
         with self._transaction(name="put"):
-            return [self._put_one(request) for request in requests]
+            stage = cache(self._stage)  # no put changes it
+            return [self._put_one(request, stage) for request in requests]
 
     # ---- batches ----------------------------------------------------------------------------------------------------------------
 
@@ -493,11 +498,11 @@ class Ledger:
 
     # ---- storing outcomes -------------------------------------------------------------------------------------------------------
 
-    def _put_one(self, request: PutRequest) -> PutReceipt | SgpoError:
+    def _put_one(self, request: PutRequest, stage: _StageOf) -> PutReceipt | SgpoError:
         self._db.execute("SAVEPOINT put")
         try:
             self._fence(request.incarnation)
-            verdicts = [self._store(request, outcome) for outcome in request.outcomes]
+            verdicts = [self._store(request, outcome, stage) for outcome in request.outcomes]
         except SgpoError as problem:
             self._db.execute("ROLLBACK TO put")
             return problem
@@ -505,12 +510,12 @@ class Ledger:
             self._db.execute("RELEASE put")
         return PutReceipt(verdicts.count(_Verdict.ACCEPTED), verdicts.count(_Verdict.DUPLICATE), verdicts.count(_Verdict.LATE))
 
-    def _store(self, request: PutRequest, outcome: Outcome) -> _Verdict:
+    def _store(self, request: PutRequest, outcome: Outcome, stage: _StageOf) -> _Verdict:
         order = self._named_order(outcome)
         if order.state not in ("waiting", "leased"):
             self._count(order.stage, "duplicates", 1)
             return _Verdict.DUPLICATE
-        known = self._stage(order.stage, request.incarnation)
+        known = stage(order.stage, request.incarnation)
         if not self._acceptable(known, order, request.worker_id, outcome):
             self._count(order.stage, "late", 1)
             return _Verdict.LATE
