@@ -31,9 +31,8 @@ AHEAD: Final = 24
 MEMORY: Final = 0.8
 FIRST_RATE: Final = 0.7
 """The rate of hits is a moving average over about five tokens; a rewrite is trusted that much before its first token."""
-MARGIN: Final = 1.4
-"""A proposal has to pay by so much more than its token's time: checking any at all copies the logits of all rows, and on a machine that computes
-slowly at the hour a step's fixed time is that of fewer tokens. From 20 requests at once on two cores nothing is proposed."""
+MARGIN: Final = 1.2
+"""A proposal has to pay by so much more than its token's time: a machine that computes slowly at the hour has a fixed time of fewer tokens."""
 MOST_TRAILS: Final = 4096
 
 

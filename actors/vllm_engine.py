@@ -30,8 +30,9 @@ _LONGEST_TURN_S = 60.0  # then requests go on beside the learner: a step must no
 _TOKENS_BETWEEN_SIGNS = 16  # a running request shows that it lives this often, and costs nothing in between
 _HUGE_PAGES = "glibc.malloc.hugetlb"
 _GIB = 1 << 30
-STEP_TOKENS = {"cpu": 8.0, "cuda": 256.0}
-"""A decode step's fixed time by the time of one more token in it: measured with bench/speculation on two cores; on a GPU an assumption."""
+STEP_TOKENS = {"cpu": 24.0, "cuda": 256.0}
+"""A decode step's fixed time by the time of one more token in it: 58 to 64 ms by 1.9 to 2.7 ms in float32 on two cores (docs/log.md, 2026-11-30),
+mostly weights on their way from memory; on a GPU an assumption."""
 _SAFETENSORS_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 

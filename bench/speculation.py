@@ -4,8 +4,10 @@ A plain engine and one with proposals live in one process and take turns, as a m
 that are alike differ as well (the one that started first is mostly the slower one), so there are two such processes, and where the arms are
 close and rewrites sampled, as in rollouts, a third arm: the engine with proposals, told to make none.
 
-Rewrites: orders whose drafts hold two wrong fields, as many at once as named. Greedy, and sampled at a temperature as rollouts do. Answers: the
-policy's pass on the same engines, which gets no proposals and must not pay for them. Guard: all arms make the same token ids, but for sampled
+Rewrites: orders whose drafts hold two wrong fields, as many at once as named, greedy and sampled as rollouts do. Up to 16 at once the next one
+begins when one ends, as in a rollout worker: a wave that begins at once takes as long as its longest rewrite, and says nothing of the tokens that
+the others were spared. 64 are such a wave, the least that proposals can win. Answers: the policy's pass on the same engines, which gets no proposals
+and must not pay for them. Guard: all arms make the same token ids, but for sampled
 rewrites with proposals, of which as many repeat their drafts within four standard errors. Called by ``python -m bench``; also run as a child of
 itself.
 """
@@ -44,15 +46,12 @@ REWRITES: Final = "rewrites"
 ANSWERS: Final = "answers"
 FAR: Final = ("plain", "ours")
 CLOSE: Final = ("plain", "mute", "ours")
-REQUESTS: Final = {1: 4, 4: 8, 16: 16, 64: 64}
+REQUESTS: Final = {1: 4, 4: 12, 16: 48, 64: 64}
 """Rewrites of a timing, by the number of them at once."""
 MOST_AT_ONCE: Final = max(REQUESTS)
-CLOSE_AT_ONCE: Final = 16
-CLOSE_TURNS: Final = 2
-"""From ``CLOSE_AT_ONCE`` on arms differ by less than their repeats do: so many times the turns."""
 TEMPERATURES: Final = (0.0, 0.7)
 REWRITE_TOKENS: Final = 80
-ANSWER_TOKENS: Final = 24
+ANSWER_TOKENS: Final = 32
 DEADLINE_S: Final = 240.0
 
 
@@ -76,19 +75,14 @@ class Work:
         return self.task == REWRITES and self.how.temperature > 0
 
     @property
-    def is_close(self) -> bool:
-        """Whether little is won or lost."""
-        return self.at_once >= CLOSE_AT_ONCE
-
-    @property
     def arms(self) -> tuple[str, ...]:
         """In the order in which a plain engine that started first takes its turn."""
-        return CLOSE if self.is_close and self.draws_differ else FAR
+        return CLOSE if self.at_once == MOST_AT_ONCE and self.draws_differ else FAR
 
 
 def measure(turns: int, model: str = "") -> list[Line]:
-    """A line for each temperature, number of requests at once and baseline; ``turns`` of all arms, where they are close twice as many, in each of two
-    processes, one for either order in which the engines start. ``model`` is a directory; empty = the embedded one.
+    """A line for each temperature, number of requests at once and baseline; ``turns`` of all arms in each of two processes, one for either order in
+    which the engines start. ``model`` is a directory; empty = the embedded one.
     """
     found = [run_arm(MODULE, first, {"turns": turns, "model": model}, environment(allocator=False)) for first in PROPOSALS]
     lines = []
@@ -155,9 +149,10 @@ async def run_engines(first: str, turns: int, model: Path, switch: Path) -> dict
         for heat in TEMPERATURES:
             how, short = (Sampling(heat, 1.0, 0, most) for most in (REWRITE_TOKENS, ANSWER_TOKENS))
             works = [Work(REWRITES, rewrites[:number], count, how) for count, number in REQUESTS.items()]
-            for work in [*works, Work(ANSWERS, answers, MOST_AT_ONCE, short)]:
-                arms = await _by_turns(engines, work, turns * (CLOSE_TURNS if work.is_close else 1), drafts, switch)
-                found[work.name] = {"draws_differ": work.draws_differ, "arms": arms}
+            if heat:
+                works.append(Work(ANSWERS, answers, MOST_AT_ONCE, short))
+            for work in works:
+                found[work.name] = {"draws_differ": work.draws_differ, "arms": await _by_turns(engines, work, turns, drafts, switch)}
     finally:
         for engine in engines.values():
             await engine.stop()

@@ -40,7 +40,7 @@ def foreseen(draft: Sequence[int], rewrite: Sequence[int], busy: int = 1, most: 
 
 
 def test_a_copy_is_foreseen_from_its_first_token() -> None:
-    assert Trail(DRAFT).proposals(STEP_TOKENS, 1, 6) == DRAFT[:5]  # 1.4 / 9 = 0.156; 0.7^5 = 0.168, 0.7^6 = 0.118
+    assert Trail(DRAFT).proposals(STEP_TOKENS, 1, 6) == DRAFT[:5]  # 1.2 / 9 = 0.133; 0.7^5 = 0.168, 0.7^6 = 0.118
     kept, wasted = foreseen(DRAFT, DRAFT)
     assert kept == 52  # of 60 tokens eight are the model's own: one after five proposals, seven after six
     assert wasted == 0
@@ -82,12 +82,12 @@ def test_unrelated_text_costs_a_handful_of_proposals() -> None:
 
 
 def test_proposals_are_those_that_pay() -> None:
-    """By hand: 1.4 / (8 / 2 + 1) = 0.28 is how often a proposal must be kept; 0.7^3 = 0.34, 0.7^4 = 0.24."""
-    assert len(Trail(DRAFT).proposals(8.0, 2, 12)) == 3
-    assert len(Trail(DRAFT).proposals(8.0, 2, 2)) == 2
-    assert len(Trail(DRAFT, rate=0.99).proposals(8.0, 16, 12)) == 6  # 1.4 * 16 / 24 = 0.933; 0.99^6 = 0.941, 0.99^7 = 0.932
-    assert Trail(DRAFT, rate=0.93).proposals(8.0, 16, 12) == ()
-    for busy in (20, 64):  # 1.4 * 20 / 28 = 1
+    """By hand: 1.2 / (8 / 3 + 1) = 0.33 is how often a proposal must be kept; 0.7^3 = 0.34, 0.7^4 = 0.24."""
+    assert len(Trail(DRAFT).proposals(8.0, 3, 12)) == 3
+    assert len(Trail(DRAFT).proposals(8.0, 3, 2)) == 2
+    assert len(Trail(DRAFT, rate=0.96).proposals(8.0, 16, 12)) == 5  # 1.2 * 16 / 24 = 0.8; 0.96^5 = 0.815, 0.96^6 = 0.783
+    assert Trail(DRAFT, rate=0.79).proposals(8.0, 16, 12) == ()
+    for busy in (40, 64):  # 1.2 * 40 / 48 = 1
         assert Trail(DRAFT, rate=1.0).proposals(8.0, busy, 12) == ()
     assert Trail(DRAFT, place=58).proposals(8.0, 1, 6) == DRAFT[58:]
 
@@ -195,10 +195,10 @@ def test_rows_that_are_not_sampled_get_nothing_and_the_context_is_never_overrun(
 def test_proposals_are_weighed_for_those_that_run_or_for_as_many_as_told() -> None:
     rows = [[*prompt(DRAFT), 100]] * 8
     counts, ids = table(rows)
-    assert [len(found) for found in proposer(most=9).propose([[100]], counts, ids)] == [6]  # 0.76^6 = 0.193 > 1.4 / 9 > 0.76^7
-    assert {len(found) for found in proposer(most=9).propose([[100]] * 8, counts, ids)} == {1}  # 0.76 > 1.4 * 8 / 16 > 0.76^2
+    assert [len(found) for found in proposer(most=9).propose([[100]], counts, ids)] == [7]  # 0.76^7 = 0.146 > 1.2 / 9 > 0.76^8
+    assert {len(found) for found in proposer(most=9).propose([[100]] * 8, counts, ids)} == {1}  # 0.76 > 1.2 * 8 / 16 > 0.76^2
     for company in (1, 8):
-        assert [len(found) for found in proposer(most=9, busy=2).propose([[100]] * company, counts, ids)] == [4] * company
+        assert [len(found) for found in proposer(most=9, busy=2).propose([[100]] * company, counts, ids)] == [5] * company
 
 
 def test_trails_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
