@@ -7,9 +7,8 @@ close and rewrites sampled, as in rollouts, a third arm: the engine with proposa
 Rewrites: orders whose drafts hold two wrong fields, as many at once as named, greedy and sampled as rollouts do. Up to 16 at once the next one
 begins when one ends, as in a rollout worker: a wave that begins at once takes as long as its longest rewrite, and says nothing of the tokens that
 the others were spared. 64 are such a wave, the least that proposals can win. Answers: the policy's pass on the same engines, which gets no proposals
-and must not pay for them. Guard: all arms make the same token ids, but for sampled
-rewrites with proposals, of which as many repeat their drafts within four standard errors. Called by ``python -m bench``; also run as a child of
-itself.
+and must not pay for them. Guard: all arms make the same token ids, but for sampled rewrites with proposals, of which as many repeat their drafts
+within four standard errors. Called by ``python -m bench``; also run as a child of itself.
 """
 
 from __future__ import annotations
