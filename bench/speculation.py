@@ -39,17 +39,19 @@ from sgpo_dist.roles import GenerateRequest, Sampling
 MODULE: Final = "bench.speculation"
 PROPOSALS: Final = {"plain": 0, "ours": 6}
 """By engine."""
-MUTE: Final = "SGPO_BENCH_MUTE"
-"""The environment variable with the path of a file: while there is one, nothing is proposed."""
+SWITCH: Final = "SGPO_BENCH_SWITCH"
+"""The environment variable with the path of a file. It holds the requests for which proposals are weighed (0: those that run), or ``SILENT``."""
+SILENT: Final = -1
 REWRITES: Final = "rewrites"
 ANSWERS: Final = "answers"
 FAR: Final = ("plain", "ours")
 CLOSE: Final = ("plain", "mute", "ours")
-REQUESTS: Final = {1: 4, 4: 12, 16: 48, 64: 64}
+REQUESTS: Final = {1: 4, 4: 8, 16: 32, 64: 64}
 """Rewrites of a timing, by the number of them at once."""
 MOST_AT_ONCE: Final = max(REQUESTS)
 TEMPERATURES: Final = (0.0, 0.7)
 REWRITE_TOKENS: Final = 80
+WARM_UP_TOKENS: Final = 24
 ANSWER_TOKENS: Final = 32
 DEADLINE_S: Final = 240.0
 
@@ -72,6 +74,11 @@ class Work:
     def draws_differ(self) -> bool:
         """Proposals are for rewrites, and where these are sampled they change what is drawn."""
         return self.task == REWRITES and self.how.temperature > 0
+
+    @property
+    def weighed_for(self) -> int:
+        """As ``launch`` has it: what is sampled must not depend on how many requests happen to run."""
+        return self.at_once if self.how.temperature > 0 else 0
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -117,25 +124,27 @@ def _as_many(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> tuple[st
 
 
 class SwitchedProposer(PointerProposer):
-    """One that falls silent while the file at ``MUTE`` is there. Made by vLLM in its engine's process."""
+    """One that does what the file at ``SWITCH`` says. Made by vLLM in its engine's process."""
 
     def propose(
         self, sampled_token_ids: Sequence[Sequence[int]], num_tokens_no_spec: np.ndarray, token_ids_cpu: np.ndarray, slot_mappings: Any = None
     ) -> list[list[int]]:
         """As the pointer does, or nothing for any row."""
-        if os.path.exists(os.environ[MUTE]):
+        self._busy = int(Path(os.environ[SWITCH]).read_text(encoding="ascii"))
+        if self._busy == SILENT:
             return [[] for _ in sampled_token_ids]
         return super().propose(sampled_token_ids, num_tokens_no_spec, token_ids_cpu, slot_mappings)
 
 
 async def run_engines(first: str, turns: int, model: Path, switch: Path) -> dict[str, Any]:
-    """By work and arm: timings, and what was made. The ``first`` engine starts first; a file at ``switch`` silences the proposals."""
+    """By work and arm: timings, and what was made. The ``first`` engine starts first; the file at ``switch`` is made."""
     book = PromptBook(load_tokenizer(model))
     pairs = make_pairs(book, MOST_AT_ONCE)
     drafts = [pair.rejected.text for pair in pairs]
     rewrites = [book.improver_ids(pair.prompt, draft) for pair, draft in zip(pairs, drafts, strict=True)]
     answers = [pair.prompt_ids for pair in pairs]
-    draft_pointer.PROPOSER, os.environ[MUTE] = f"{MODULE}.{SwitchedProposer.__name__}", str(switch)  # type: ignore[misc]
+    draft_pointer.PROPOSER, os.environ[SWITCH] = f"{MODULE}.{SwitchedProposer.__name__}", str(switch)  # type: ignore[misc]
+    switch.write_text("0", encoding="ascii")
     engines: dict[str, VllmEngine] = {}
     found: dict[str, Any] = {}
     try:
@@ -144,7 +153,7 @@ async def run_engines(first: str, turns: int, model: Path, switch: Path) -> dict
             os.environ.update(engine_environment(spec))
             engines[arm] = VllmEngine(spec)
             await asyncio.wait_for(engines[arm].start(), DEADLINE_S)
-            await together(engines[arm], rewrites, MOST_AT_ONCE, Sampling(0.0, 1.0, 0, REWRITE_TOKENS))  # memory never touched costs seconds
+            await together(engines[arm], rewrites, MOST_AT_ONCE, Sampling(0.0, 1.0, 0, WARM_UP_TOKENS))  # memory never touched costs seconds
         for heat in TEMPERATURES:
             how, short = (Sampling(heat, 1.0, 0, most) for most in (REWRITE_TOKENS, ANSWER_TOKENS))
             works = [Work(REWRITES, rewrites[:number], count, how) for count, number in REQUESTS.items()]
@@ -163,12 +172,10 @@ async def _by_turns(engines: dict[str, VllmEngine], work: Work, turns: int, draf
     order = work.arms if next(iter(engines)) == "plain" else work.arms[::-1]
     for _ in range(turns):
         for arm in order:
-            if arm == "mute":
-                switch.touch()
+            switch.write_text(str(SILENT if arm == "mute" else work.weighed_for), encoding="ascii")
             began = time.perf_counter()
             made = await together(engines["plain" if arm == "plain" else "ours"], work.rows, work.at_once, work.how)
             found[arm]["took_s"].append(time.perf_counter() - began)
-            switch.unlink(missing_ok=True)
             found[arm] |= _made(made, drafts)
         order = order[::-1]
     return found
@@ -212,7 +219,7 @@ def main() -> None:
     options = parser.parse_args()
     model = Path(options.model) if options.model else embedded_model_dir()
     with tempfile.TemporaryDirectory() as place:
-        answer(options.arm, works=asyncio.run(run_engines(options.arm, options.turns, model, Path(place, "mute"))))
+        answer(options.arm, works=asyncio.run(run_engines(options.arm, options.turns, model, Path(place, "switch"))))
 
 
 if __name__ == "__main__":
