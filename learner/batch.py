@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 
 import torch
 from torch import Tensor
 
 from sgpo_dist.errors import DataError
 from sgpo_dist.records import PreferencePair, TokenExample
+from sgpo_dist.textual import common_start
 from sgpo_dist.weights.version import ProbeRow
 
 SHARED = 0
@@ -84,7 +84,7 @@ def pair_row(pair: PreferencePair) -> Row:
     """The row of a pair. Raises DataError when the prompt or a completion has no tokens."""
     chosen, rejected = pair.chosen.token_ids, pair.rejected.token_ids
     _check(pair.uid, pair.prompt_ids, chosen, rejected)
-    common = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
+    common = common_start(chosen, rejected)
     return Row(len(pair.prompt_ids), pair.prompt_ids + chosen[:common], (chosen[common:], rejected[common:]))
 
 

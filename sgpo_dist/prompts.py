@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib import resources
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
@@ -22,6 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from sgpo_dist.errors import ConfigError, DataError
 from sgpo_dist.records import Completion, FinishReason, Message, Prompt
+from sgpo_dist.textual import common_start
 
 IMPROVER: Final = "improver"
 REVISER: Final = "reviser"
@@ -211,7 +211,7 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _common_start(one: Sequence[int], other: Sequence[int]) -> tuple[int, ...]:
-    return tuple(token for token, _ in takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))
+    return tuple(one[: common_start(one, other)])
 
 
 def _end_of_turn(tokenizer: Tokenizer) -> int:

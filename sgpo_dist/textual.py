@@ -39,9 +39,9 @@ def common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
     What both begin and end with is counted apart. Bit-parallel: row i of the table of the rest is one big integer whose zero bits mark the growth of
     the length, so 2,000 words against 2,000 take milliseconds (Hyyrö, "Bit-parallel LCS-length computation revisited", 2004).
     """
-    shared = _common_start(a, b)
+    shared = common_start(a, b)
     a, b = a[shared:], b[shared:]
-    shared_end = _common_start(a[::-1], b[::-1])
+    shared_end = common_start(a[::-1], b[::-1])
     a, b = a[: len(a) - shared_end], b[: len(b) - shared_end]
     places: dict[str, int] = {}
     for place, word in enumerate(a):
@@ -54,7 +54,8 @@ def common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:
     return shared + shared_end + len(a) - row.bit_count()
 
 
-def _common_start(a: Sequence[str], b: Sequence[str]) -> int:
+def common_start(a: Sequence[object], b: Sequence[object]) -> int:
+    """How many words, or tokens, both begin with."""
     return next((place for place, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
 
 

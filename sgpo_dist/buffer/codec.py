@@ -111,10 +111,11 @@ def _messages_json(prompt: Prompt) -> str:
 
 def pack_pair(pair: PreferencePair, worker: str, incarnation: int) -> Row:
     """Columns of ``pairs``."""
-    prompt_ids, *halves = pack_ids(pair.prompt_ids), _fields(pair.response), _fields(pair.refinement)
-    content = (prompt_ids, *halves[0], *halves[1], pair.template, worker, incarnation)
+    prompt_ids = pack_ids(pair.prompt_ids)
+    response, refinement = _fields(pair.response), _fields(pair.refinement)
+    content = (prompt_ids, *response, *refinement, pair.template, worker, incarnation)
     mark = digest(pair.uid, str(pair.stage), pair.prompt.prompt_id, *content)
-    return (pair.uid, prompt_ids, *_columns(halves[0]), *_columns(halves[1]), pair.template, worker, incarnation, mark)
+    return (pair.uid, prompt_ids, *_columns(response), *_columns(refinement), pair.template, worker, incarnation, mark)
 
 
 def unpack_pair(uid: str, stage: str, prompt: Prompt, columns: Row) -> PreferencePair:
@@ -128,10 +129,10 @@ def unpack_pair(uid: str, stage: str, prompt: Prompt, columns: Row) -> Preferenc
 
 def pack_refusal(refusal: Refusal, worker: str, incarnation: int) -> Row:
     """Columns of ``refusals``."""
-    halves = _fields(refusal.response), _fields(refusal.refinement)
-    content = (str(refusal.reason), refusal.detail, *halves[0], *halves[1], worker, incarnation)
+    response, refinement = _fields(refusal.response), _fields(refusal.refinement)
+    content = (str(refusal.reason), refusal.detail, *response, *refinement, worker, incarnation)
     mark = digest(refusal.uid, str(refusal.stage), refusal.prompt_id, *content)
-    return (refusal.uid, str(refusal.reason), pack_text(refusal.detail), *_columns(halves[0]), *_columns(halves[1]), worker, incarnation, mark)
+    return (refusal.uid, str(refusal.reason), pack_text(refusal.detail), *_columns(response), *_columns(refinement), worker, incarnation, mark)
 
 
 def unpack_refusal(uid: str, stage: str, prompt_id: str, columns: Row) -> Refusal:
