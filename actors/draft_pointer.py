@@ -2,10 +2,10 @@
 
 vLLM's engine process makes one ``PointerProposer`` (``speculative_config`` method "custom_class") and asks it after every step what each request's
 next tokens might be; the model checks them all in one step and keeps those that it would have sampled. The pointer follows the draft, finds its
-place again after an edit, and proposes as many tokens as are likely to pay. Requests that are no rewrites get no proposals. Rejection sampling
-keeps the model's distribution whatever is proposed. Greedy tokens are the same ones; a sampled rewrite follows other random numbers than without
-proposals, so that where rewrites are sampled proposals must not depend on what else runs (``busy``). Leaves out: which templates there are
-(``prompts``), when to speculate at all (the configuration).
+place again after an edit, and proposes as many tokens as are likely to pay. Requests that are no rewrites get no proposals. Whatever is
+proposed, greedy rewrites are the same, and on processors sampled ones as well (``mend_sampling``). Elsewhere rejection sampling keeps the model's
+distribution but follows other random numbers, so that where rewrites are sampled proposals must not depend on what else runs (``busy``). Leaves
+out: which templates there are (``prompts``), when to speculate at all (the configuration).
 
 Everything but ``PointerProposer`` is pure: a request's trail is a function of its tokens.
 """
@@ -13,15 +13,17 @@ Everything but ``PointerProposer`` is pure: a request's trail is a function of i
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from sgpo_dist.textual import common_start
+
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 CONFIG_KEY: Final = "sgpo_draft_pointer"
 PROPOSER: Final = f"{__name__}.PointerProposer"
@@ -34,6 +36,8 @@ FIRST_RATE: Final = 0.7
 MARGIN: Final = 1.2
 """A proposal has to pay by so much more than its token's time: a machine that computes slowly at the hour has a fixed time of fewer tokens."""
 MOST_TRAILS: Final = 4096
+REFUSED: Final = -1
+"""vLLM's mark behind a row's last token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,44 +168,69 @@ def _name(tokens: np.ndarray) -> int:
 
 
 def mend_sampling() -> None:
-    """Mend what vLLM 0.32's rejection sampler does wrong on processors, in this process, and what it does for nothing.
+    """Have vLLM 0.32's rejection sampler draw what its plain sampler would, in this process; for processors.
+
+    There the plain sampler draws one seed a token from the request's generator. So can the check: each place's token is drawn by the seed that its
+    turn would have, proposals are kept while they are that token, and the generator goes on behind the last token kept (``as_drawn``). Proposals
+    then change no token, and nothing is drawn for places that may be refused (vLLM: 49,152 random numbers a row).
 
     Its ``expand_batch_to_tokens`` writes only int64 tensors: temperature, top_k and top_p of proposed tokens are whatever was in memory, and what is
-    sampled has nothing to do with the model's distribution (vllm-project/vllm, pull request 42638, closed without a merge). A step in which
-    nothing was proposed to anybody goes to the plain sampler: vLLM's dies of the largest top_k among none. And random numbers for tokens that may
-    be refused are drawn for the rows only that have some (of 64 rows without: a fifth of a step).
+    sampled has nothing to do with the model's distribution (vllm-project/vllm, pull request 42638, closed without a merge). And a step in which
+    nothing was proposed to anybody goes to the plain sampler: vLLM's check dies of the largest top_k among none.
     """
+    import torch
     from vllm.v1.sample import rejection_sampler
 
-    sampler = rejection_sampler.RejectionSampler
-    checked = sampler.forward
+    checked = rejection_sampler.RejectionSampler.forward
 
     def forward(self: Any, metadata: Any, draft_probs: Tensor | None, logits: Tensor, sampling: Any) -> Any:
-        return checked(self, metadata, draft_probs, logits, sampling) if len(metadata.draft_token_ids) else self.sampler(logits, sampling)
+        counts, generators = metadata.num_draft_tokens, sampling.generators
+        if not any(counts):
+            return self.sampler(logits, sampling)
+        before = {row: generators[row].get_state() for row, count in enumerate(counts) if count and row in generators}
+        seeds_N = torch.cat([seeds(count, generators.get(row)) for row, count in enumerate(counts)])
+        rejection_sampler.rejection_sample = partial(as_drawn, seeds_N)
+        found = checked(self, metadata, draft_probs, logits, sampling)
+        for row, state in before.items():
+            generators[row].set_state(state)
+            seeds(int((found.sampled_token_ids[row] != REFUSED).sum()), generators[row])
+        return found
 
-    sampler.forward = forward
+    rejection_sampler.RejectionSampler.forward = forward
     rejection_sampler.expand_batch_to_tokens = expanded
-    rejection_sampler.sample_recovered_tokens = partial(recovered, rejection_sampler._sample_recovered_tokens)
 
 
-def recovered(
-    pick: Callable[..., None], most: int, counts: Sequence[int], ends_B: Tensor, drafts_N: Tensor, draft_probs: Tensor | None, probs_N_V: Tensor,
-    sampling: Any, device: Any, double: bool = False,
+def seeds(count: int, generator: Generator | None) -> Tensor:
+    """``[count]``: what vLLM's plain sampler on processors draws for so many tokens of a request, one after the other."""
+    import torch
+
+    return torch.randint(0, 2**31, (count,), generator=generator)
+
+
+def as_drawn(
+    seeds_N: Tensor, drafts_N: Tensor, counts: Sequence[int], most: int, ends_B: Tensor, draft_probs: None, logits_N_V: Tensor, bonus_B_1: Tensor,
+    sampling: Any, **unused: Any,
 ) -> Tensor:  # fmt: skip
-    """``[N]``: what takes the place of each proposed token, should it be refused; vLLM's function of this name, for rows with proposals only.
+    """``[B, most + 1]``: each row's tokens of this step, then ``REFUSED``; takes the place of vLLM's ``rejection_sample``.
 
-    ``counts`` and ``ends_B`` say which of the N proposals are whose. ``pick`` is vLLM's kernel: argmax of what is left of each distribution times
-    1 / Exp(1) (the exponential race), one set of random numbers a row, from its own generator where it has one.
+    ``counts`` and ``ends_B`` say which of the N proposals are whose. Tokens are the ones that the plain sampler draws by ``seeds_N`` (or the most
+    likely one, where a row is greedy), up to the first that was not foreseen; ``bonus_B_1`` follows where all were.
     """
     import torch
 
-    rows = [row for row, count in enumerate(counts) if count]
-    race_R_V = torch.empty((len(rows), probs_N_V.shape[-1]), dtype=torch.float64 if double else torch.float32, device=device)
-    for race_V, row in zip(race_R_V, rows, strict=True):
-        race_V.exponential_(generator=sampling.generators.get(row))
-    recovered_N = torch.empty_like(drafts_N)
-    pick(recovered_N, ends_B[rows], drafts_N, draft_probs, probs_N_V, race_R_V.reciprocal_(), max_spec_len=most)
-    return recovered_N
+    if sampling.all_greedy:
+        drawn_N = logits_N_V.argmax(-1)
+    else:
+        drawn_N = torch.ops._C.fused_gumbel_argmax(logits_N_V, seeds_N)
+        greedy_N = expanded(sampling.temperature, ends_B, len(seeds_N)) == 0
+        drawn_N[greedy_N] = logits_N_V[greedy_N].argmax(-1)
+    kept_B_K = torch.full((len(counts), most + 1), REFUSED, dtype=torch.int32)
+    rows = zip(drawn_N.split(list(counts)), drafts_N.split(list(counts)), bonus_B_1, kept_B_K, strict=True)
+    for drawn, drafts, bonus, kept in rows:
+        tokens = torch.cat([drawn, bonus])
+        count = common_start(tokens.tolist(), drafts.tolist()) + 1
+        kept[:count] = tokens[:count]
+    return kept_B_K
 
 
 def expanded(x_B: Tensor, ends_B: Tensor, num_tokens: int, replace_from: float = 0, replace_to: float = 0) -> Tensor:

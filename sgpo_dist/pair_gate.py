@@ -7,6 +7,7 @@ fires is the reason. Leaves out: generation, storage, and statistics over many p
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import Final, Protocol
 
 from sgpo_dist.prompts import IMPROVER, REVISER, instruction
@@ -144,7 +145,7 @@ def _no_change(response: str, refinement: str, gate: GateRules) -> RefusalReason
 def _talk(response: str, refinement: str, told: str) -> RefusalReason | None:
     if talks_about_the_task(refinement) and not talks_about_the_task(response):
         return RefusalReason.META_TALK
-    repeated = _runs(told) & _runs(refinement)
+    repeated = _instruction_runs(told) & _runs(refinement)
     leaked = repeated and repeated - _runs(response)
     return RefusalReason.INSTRUCTION_LEAK if leaked else None
 
@@ -156,9 +157,14 @@ def talks_about_the_task(text: str) -> bool:
     return bool(_META_START.match(plain) or _META_ANYWHERE.search(text[:_EDGE]) or _META_ANYWHERE.search(text[-_EDGE:]))
 
 
-def _runs(text: str) -> set[tuple[str, ...]]:
+@lru_cache(maxsize=16)  # a run has as many as it has templates
+def _instruction_runs(told: str) -> frozenset[tuple[str, ...]]:
+    return _runs(told)
+
+
+def _runs(text: str) -> frozenset[tuple[str, ...]]:
     found = plain_words(text)
-    return set(zip(*(found[start:] for start in range(LEAK_WORDS)), strict=False))
+    return frozenset(zip(*(found[start:] for start in range(LEAK_WORDS)), strict=False))
 
 
 def _disproportion(response: Completion, refinement: Completion, reference: str | None, gate: GateRules) -> RefusalReason | None:

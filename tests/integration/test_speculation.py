@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 import pytest
 import torch
 
-from actors.draft_pointer import Frame
+from actors.draft_pointer import Frame, mend_sampling, seeds
 from actors.vllm_engine import EngineSpec, VllmEngine, engine_environment
 from sgpo_dist.data.embedded_model import embedded_model_dir
 from sgpo_dist.prompts import PromptBook, load_tokenizer
@@ -112,6 +113,65 @@ def test_sampled_rewrites_have_the_model_s_distribution(run: Run[Any], engine: V
     error = float(((weights * (surprise - mean) ** 2).sum() / weights.sum() / surprise.shape[1] / (len(drawn) * surprise.shape[1])) ** 0.5)
     print(f"mean {mean:+.4f}, standard error {error:.4f}, {len(distinct)} distinct of {len(drawn)}")
     assert abs(mean) < 4 * error
+
+
+def test_checked_proposals_are_the_tokens_that_the_plain_sampler_draws() -> None:
+    """vLLM's two samplers on made-up logits: whatever is proposed, rows get the same tokens and their generators end in the same state."""
+    from vllm.v1.sample.rejection_sampler import RejectionSampler
+    from vllm.v1.sample.sampler import Sampler
+
+    mend_sampling()
+    temperature, top_k = torch.tensor([0.7, 0.0, 1.3, 0.7]), torch.tensor([400, 400, 20, 5])
+    rows, words, steps, most = len(temperature), 400, 30, 6
+    table = torch.randn(rows, steps * (most + 1), words, generator=torch.Generator().manual_seed(0)) * 2
+    plain, checking = Sampler(), RejectionSampler(Sampler())
+
+    generators = generators_of(rows)
+    drawn = [plain(table[:, place].clone(), metadata(temperature, top_k, generators)).sampled_token_ids[:, 0] for place in range(table.shape[1])]
+    wanted = torch.stack(drawn, dim=1).tolist()
+
+    generators, picks = generators_of(rows), random.Random(0)
+    got: list[list[int]] = [[] for _ in range(rows)]
+    for _ in range(steps):
+        ahead = [wanted[row][len(got[row]) :][: picks.randrange(most + 1)] for row in range(rows)]
+        drafts = [[token if picks.random() < 0.8 else 7 for token in tokens] for tokens in ahead]
+        logits = torch.cat([table[row, len(got[row]) :][: len(drafts[row]) + 1] for row in range(rows)])
+        made = checking(checks(drafts), None, logits, metadata(temperature, top_k, generators)).sampled_token_ids
+        for row, tokens in enumerate(made.tolist()):
+            got[row] += [token for token in tokens if token >= 0]
+    assert [tokens == wanted[row][: len(tokens)] for row, tokens in enumerate(got)] == [True] * rows
+    assert min(map(len, got)) > 2 * steps
+
+    behind = generators_of(rows)
+    for row in (0, 2, 3):
+        seeds(len(got[row]), behind[row])
+        assert torch.equal(generators[row].get_state(), behind[row].get_state())
+
+
+def generators_of(rows: int) -> dict[int, torch.Generator]:
+    return {row: torch.Generator().manual_seed(row) for row in range(rows)}
+
+
+def metadata(temperature: torch.Tensor, top_k: torch.Tensor, generators: dict[int, torch.Generator]) -> Any:
+    from vllm.v1.sample.logits_processor import LogitsProcessors
+    from vllm.v1.sample.metadata import SamplingMetadata
+
+    none = torch.empty(0)
+    return SamplingMetadata(
+        temperature, False, False, None, top_k, generators, None, True, None, none, none, none, [[] for _ in temperature], None, {},
+        LogitsProcessors(),
+    )  # fmt: skip
+
+
+def checks(drafts: list[list[int]]) -> Any:
+    """What vLLM says of a step's proposals: each row's logits stand in a piece, the last one for the token behind its proposals."""
+    from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
+
+    found = SpecDecodeMetadata.make_dummy(drafts, torch.device("cpu"))
+    ends = found.cu_num_sampled_tokens.long()
+    found.bonus_logits_indices = ends - 1
+    found.target_logits_indices = torch.tensor([place for place in range(int(ends[-1])) if place + 1 not in ends.tolist()], dtype=torch.long)
+    return found
 
 
 def processed(logits: torch.Tensor) -> torch.Tensor:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from itertools import takewhile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from test_prompts import WordTokenizer
-from torch import Tensor
 
-from actors.draft_pointer import CONFIG_KEY, Frame, PointerProposer, Trail, begun, expanded, follow, last_place, recovered, speculation_arguments
+from actors.draft_pointer import CONFIG_KEY, Frame, PointerProposer, Trail, begun, expanded, follow, last_place, speculation_arguments
+from sgpo_dist.config import build_config
+from sgpo_dist.launch import engine_spec
 from sgpo_dist.prompts import PromptBook
 from sgpo_dist.records import Message, Prompt
 
@@ -165,25 +167,6 @@ def test_a_row_s_value_is_given_to_each_of_its_tokens() -> None:
     assert expanded(torch.tensor([40, 1, 50, 3], dtype=torch.int32), ends, 6).tolist() == [40, 40, 50, 50, 50, 3]
 
 
-def test_random_numbers_are_drawn_for_rows_with_proposals_only_each_from_its_own_generator() -> None:
-    probs = torch.rand(3, 50).softmax(-1)
-    drafts, ends = torch.tensor([4, 5, 6], dtype=torch.int32), torch.tensor([0, 2, 2, 3], dtype=torch.int32)
-    seeded = {row: torch.Generator().manual_seed(row) for row in range(4)}
-    races: list[Tensor] = []
-
-    def pick(out: Tensor, ends_R: Tensor, ids: Tensor, given: None, rest: Tensor, race: Tensor, max_spec_len: int) -> None:
-        assert (ends_R.tolist(), ids is drafts, given, rest is probs, max_spec_len) == ([2, 3], True, None, True, 2)
-        races.append(race)
-        out.copy_(torch.tensor([7, 8, 9], dtype=torch.int32))
-
-    got = recovered(pick, 2, [0, 2, 0, 1], ends, drafts, None, probs, SimpleNamespace(generators=seeded), "cpu")
-    assert got.tolist() == [7, 8, 9]
-    for race, row in zip(races[0], (1, 3), strict=True):
-        assert torch.equal(race, torch.empty(50).exponential_(generator=torch.Generator().manual_seed(row)).reciprocal())
-    for row in (0, 2):  # as a row's own random numbers go on where nothing was ever proposed
-        assert torch.equal(seeded[row].get_state(), torch.Generator().manual_seed(row).get_state())
-
-
 def test_rows_that_are_not_sampled_get_nothing_and_the_context_is_never_overrun() -> None:
     row = [*prompt(DRAFT[:20]), 100]
     counts, ids = table([row, row])
@@ -208,3 +191,10 @@ def test_trails_are_forgotten_in_the_end(monkeypatch: pytest.MonkeyPatch) -> Non
         row = [*prompt((200 + number, 300)), 200 + number]
         assert mine.propose([[200 + number]], *table([row])) == [[300, 2]]
     assert len(mine._trails) == 2
+
+
+@pytest.mark.parametrize(("gpus", "temperature", "busy"), [(1, 0.7, 24), (1, 0.0, 0), (0, 0.7, 0)])
+def test_what_else_runs_decides_of_proposals_only_where_they_change_no_draw(tmp_path: Path, gpus: int, temperature: float, busy: int) -> None:
+    improver = {"temperature": temperature}
+    config = build_config({"output_dir": str(tmp_path), "learner": {"gpus_per_rank": gpus}, "rollout": {"concurrency": 24, "improver": improver}})
+    assert engine_spec(config, (), tmp_path).speculation_busy == busy
