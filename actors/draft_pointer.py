@@ -2,10 +2,11 @@
 
 vLLM's engine process makes one ``PointerProposer`` (``speculative_config`` method "custom_class") and asks it after every step what each request's
 next tokens might be; the model checks them all in one step and keeps those that it would have sampled. The pointer follows the draft, finds its
-place again after an edit, and proposes as many tokens as are likely to pay. Requests that are no rewrites get no proposals. Whatever is
-proposed, greedy rewrites are the same, and on processors sampled ones as well (``mend_sampling``). Elsewhere rejection sampling keeps the model's
-distribution but follows other random numbers, so that where rewrites are sampled proposals must not depend on what else runs (``busy``). Leaves
-out: which templates there are (``prompts``), when to speculate at all (the configuration).
+place again after an edit (there, or where prompt and rewrite last had the same tokens), and proposes as many tokens as are likely to pay. Requests
+that are no rewrites get no proposals. Whatever is proposed, greedy rewrites are the same, and on processors sampled ones as well
+(``mend_sampling``). Elsewhere rejection sampling keeps the model's distribution but follows other random numbers, so that where rewrites are sampled
+proposals must not depend on what else runs (``busy``). Leaves out: which templates there are (``prompts``), when to speculate at all (the
+configuration).
 
 Everything but ``PointerProposer`` is pure: a request's trail is a function of its tokens.
 """
@@ -50,15 +51,15 @@ class Frame:
 
 @dataclass(frozen=True, slots=True)
 class Trail:
-    """How far a rewrite has come: the next draft token, and the share of tokens that were foreseen of late."""
+    """How far a rewrite has come: where in the row the draft begins and ends, whose token is foreseen next, and the share foreseen of late."""
 
-    draft: tuple[int, ...]
-    place: int = 0
+    begin: int
+    end: int
+    place: int
     rate: float = FIRST_RATE
-    last: int | None = None
 
-    def proposals(self, step_tokens: float, busy: int, most: int) -> tuple[int, ...]:
-        """The next draft tokens, as many as pay.
+    def proposals(self, tokens: np.ndarray, step_tokens: float, busy: int, most: int) -> list[int]:
+        """The row's tokens from the place on, as many as pay; nothing follows the draft's last one.
 
         The i-th proposal is kept with probability rate^i and costs a token's time c; keeping it saves a share of a step, whose time is
         f + c * busy for ``busy`` requests: it pays while rate^i > ``MARGIN`` * c / (f / busy + c). ``step_tokens`` is f / c.
@@ -67,37 +68,43 @@ class Trail:
         count, chance = 0, self.rate
         while count < most and chance > least:
             count, chance = count + 1, chance * self.rate
-        return self.draft[self.place : self.place + count]
+        stop = self.end if self.place < self.end else len(tokens)
+        found: list[int] = tokens[self.place : min(self.place + count, stop)].tolist()
+        return found
 
 
-def follow(trail: Trail, token: int) -> Trail:
-    """The trail after one more token of the rewrite."""
-    hit = trail.place < len(trail.draft) and trail.draft[trail.place] == token
-    place = trail.place + 1 if hit else _place_again(trail, token)
-    return replace(trail, place=place, rate=MEMORY * trail.rate + (1 - MEMORY) * hit, last=token)
+def follow(trail: Trail, tokens: np.ndarray) -> Trail:
+    """The trail after one more token of the rewrite, the last one of the row's ``tokens``."""
+    hit = trail.place < len(tokens) - 1 and bool(tokens[trail.place] == tokens[-1])
+    place = trail.place + 1 if hit else _place_again(trail, tokens)
+    return replace(trail, place=place, rate=MEMORY * trail.rate + (1 - MEMORY) * hit)
 
 
-def _place_again(trail: Trail, token: int) -> int:
-    """After an edit: behind the nearest draft token that is this one, best where the token before it fits too; else the edit replaced one."""
-    draft, here = trail.draft, trail.place
-    near = [place for place in range(max(0, here - BEHIND), min(len(draft), here + AHEAD)) if draft[place] == token]
-    fitting = [place for place in near if place > 0 and draft[place - 1] == trail.last]
-    if found := fitting or near:
-        return min(found, key=lambda place: abs(place - here)) + 1
-    return min(here + 1, len(draft))
+def _place_again(trail: Trail, tokens: np.ndarray) -> int:
+    """After an edit: behind a token that is this one. First where the token before it fits as well, around the pointer in the draft and else last in
+    the row (a rewrite repeats its prompt and itself, too), then without; where there is none, the edit replaced one token.
+    """
+    here = trail.place
+    same = np.flatnonzero(tokens[1:-1] == tokens[-1]) + 1
+    near = (same >= max(trail.begin, here - BEHIND)) & (same < min(trail.end, here + AHEAD))
+    fitting = tokens[same - 1] == tokens[-2]
+    for places in (same[fitting & near], same[fitting][-1:], same[near], same[-1:]):
+        if len(places):
+            return int(places[np.abs(places - here).argmin()]) + 1
+    return here + 1
 
 
 def begun(tokens: np.ndarray, frame: Frame, end: int) -> tuple[Trail, int] | None:
-    """The draft in the prompt of a rewrite, and where the rewrite begins; None when ``tokens[:end]`` holds no such prompt.
+    """The trail at the draft's begin in the prompt of a rewrite, and where the rewrite begins; None when ``tokens[:end]`` holds no such prompt.
 
-    The token that follows the draft, the end of its turn, is the last one of the trail: a rewrite that is done ends so, too.
+    The token that follows the draft, the end of its turn, is the draft's last one: a rewrite that is done ends so, too.
     """
     close = last_place(tokens[:end], frame.after)
     opened = -1 if close < 0 else last_place(tokens[:close], frame.before)
     if opened < 0:
         return None
-    draft = tokens[opened + len(frame.before) : close + 1]
-    return Trail(tuple(draft.tolist())), close + len(frame.after)
+    begin = opened + len(frame.before)
+    return Trail(begin, close + 1, begin), close + len(frame.after)
 
 
 def last_place(tokens: np.ndarray, part: Sequence[int]) -> int:
@@ -139,15 +146,15 @@ class PointerProposer:
         old = len(tokens) - fresh
         trail = self._known(tokens, old)
         if trail is not None:
-            for token in tokens[old:].tolist():
-                trail = follow(trail, token)
+            for end in range(old, len(tokens)):
+                trail = follow(trail, tokens[: end + 1])
         self._trails[_name(tokens)] = trail
         if len(self._trails) > MOST_TRAILS:
             self._trails.popitem(last=False)
         if trail is None:
             return []
         room = self._longest - len(tokens) - 1
-        return list(trail.proposals(self._step_tokens, busy, min(self._most, room)))
+        return trail.proposals(tokens, self._step_tokens, busy, min(self._most, room))
 
     def _known(self, tokens: np.ndarray, old: int) -> Trail | None:
         """The trail of the first ``old`` tokens: kept since the last step, or made from them."""
@@ -158,8 +165,8 @@ class PointerProposer:
         if found is None:
             return None
         trail, start = found
-        for token in tokens[start:old].tolist():
-            trail = follow(trail, token)
+        for end in range(start, old):
+            trail = follow(trail, tokens[: end + 1])
         return trail
 
 

@@ -190,7 +190,7 @@ def overrides(output_dir: str, judged: bool) -> list[str]:
         "rollout.dtype": processor_dtype(),
         "rollout.max_model_len": 768,
         "rollout.concurrency": 32,
-        "rollout.num_speculative_tokens": 6,
+        "rollout.num_speculative_tokens": 8,
         "learner.train_batch_size": BATCH,
         "cluster.min_free_disk_gib": 1,
         "eval.enabled": "false",

@@ -31,11 +31,11 @@ from sgpo_dist.records import Completion
 from sgpo_dist.roles import GenerateRequest, Sampling
 
 MODULE: Final = "bench.speculation"
-PROPOSALS: Final = {"plain": 0, "ours": 6}
+PROPOSALS: Final = {"plain": 0, "ours": 8}
 """By engine."""
 SAME: Final = 0.95
 """The least share of requests with the same token ids: a draw may hang on the last digit of a sum, which other tokens beside it change."""
-REQUESTS: Final = {1: 4, 4: 8, 16: 32, 64: 64}
+REQUESTS: Final = {1: 4, 4: 24, 16: 48, 64: 64}
 """Rewrites of a timing, by the number of them at once."""
 MOST_AT_ONCE: Final = max(REQUESTS)
 TEMPERATURES: Final = (0.0, 0.7)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,23 +29,30 @@ def prompt(draft: Sequence[int]) -> list[int]:
     return [1, 30, 31, 7, 8, 7, *draft, 2, 9]
 
 
+ROW = np.array(prompt(DRAFT))
+TRAIL = Trail(6, 67, 6)
+"""At the begin of the draft in ``ROW``; the token that ends its turn is the draft's last one."""
+
+
 def foreseen(draft: Sequence[int], rewrite: Sequence[int], busy: int = 1, most: int = 6) -> tuple[int, int]:
     """Tokens that were kept, and proposals made for nothing, when the model goes on as ``rewrite`` does."""
-    trail, place, kept, wasted = Trail(tuple(draft)), 0, 0, 0
-    while place < len(rewrite):
-        proposed = trail.proposals(STEP_TOKENS, busy, most)
-        right = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(proposed, rewrite[place:], strict=False)))
+    start = len(prompt(draft))
+    row = np.array([*prompt(draft), *rewrite])
+    trail, end, kept, wasted = Trail(6, start - 1, 6), start, 0, 0
+    while end < len(row):
+        proposed = trail.proposals(row[:end], STEP_TOKENS, busy, most)
+        right = sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(proposed, row[end:].tolist(), strict=False)))
         kept, wasted = kept + right, wasted + len(proposed) - right
-        for token in rewrite[place : place + right + 1]:  # what was kept, and the one that the model sampled itself
-            trail = follow(trail, token)
-        place += right + 1
+        for _ in range(min(right + 1, len(row) - end)):  # what was kept, and the one that the model sampled itself
+            end += 1
+            trail = follow(trail, row[:end])
     return kept, wasted
 
 
 def test_a_copy_is_foreseen_from_its_first_token() -> None:
-    assert Trail(DRAFT).proposals(STEP_TOKENS, 1, 6) == DRAFT[:5]  # 1.2 / 9 = 0.133; 0.7^5 = 0.168, 0.7^6 = 0.118
-    kept, wasted = foreseen(DRAFT, DRAFT)
-    assert kept == 52  # of 60 tokens eight are the model's own: one after five proposals, seven after six
+    assert TRAIL.proposals(ROW, STEP_TOKENS, 1, 6) == [*DRAFT[:5]]  # 1.2 / 9 = 0.133; 0.7^5 = 0.168, 0.7^6 = 0.118
+    kept, wasted = foreseen(DRAFT, (*DRAFT, 2))
+    assert kept == 53  # of 61 tokens eight are the model's own: one after five proposals, seven after six; the end is foreseen
     assert wasted == 0
 
 
@@ -61,17 +69,31 @@ def test_a_copy_is_foreseen_from_its_first_token() -> None:
     ids=["replaced", "inserted", "deleted", "rewritten", "begun otherwise", "repeated"],
 )
 def test_the_place_is_found_again_after_an_edit(edit: Callable[[list[int]], list[int]]) -> None:
-    rewrite = edit(list(DRAFT))
+    rewrite = [*edit(list(DRAFT)), 2]
     kept, wasted = foreseen(DRAFT, rewrite)
     assert kept > 0.7 * len(rewrite)
     assert wasted <= 20
 
 
-def test_of_two_places_the_one_whose_neighbour_fits_is_taken() -> None:
-    trail = Trail((10, 11, 12, 13, 50, 51, 13, 60))
-    for token in (10, 99, 51, 13):
-        trail = follow(trail, token)
-    assert trail.place == 7  # behind "51 13", though the other 13 is as near
+@pytest.mark.parametrize(
+    ("draft", "rewrite", "next_token"),
+    [
+        ((10, 51, 20, 13, 40, 51, 13, 60), (10, 51, 13), 60),  # the token before it fits as well, though another 13 is nearer
+        ((10, 51, 20, 13, 40, 51, 13, 60), (51, 13, 77, 10, 51, 13), 60),  # in the draft rather than where the rewrite said so
+        ((10, 31, 12, 13), (30, 80, 30, 31), 7),  # two tokens of the prompt rather than one of the draft
+        ((10, 11, 30, 13), (10, 30, 77, 90, 30), 13),  # one token: in the draft rather than in the rewrite
+        ((10, 11, 12, 13), (10, 31), 7),  # one token of the prompt
+        ((10, 11, 12, 13), (10, 80, 81, 82, 11, 80, 81), 82),  # what the rewrite itself said before
+        ((10, 11, 12, 13), (10, 99), 12),  # an unknown token replaced one of the draft's
+    ],
+)
+def test_after_an_edit_the_likeliest_place_is_taken(draft: tuple[int, ...], rewrite: tuple[int, ...], next_token: int) -> None:
+    start = len(prompt(draft))
+    row = np.array([*prompt(draft), *rewrite])
+    trail = Trail(6, start - 1, 6)
+    for end in range(start, len(row)):
+        trail = follow(trail, row[: end + 1])
+    assert row[trail.place] == next_token
 
 
 def test_unrelated_text_costs_a_handful_of_proposals() -> None:
@@ -85,18 +107,19 @@ def test_unrelated_text_costs_a_handful_of_proposals() -> None:
 
 def test_proposals_are_those_that_pay() -> None:
     """By hand: 1.2 / (8 / 3 + 1) = 0.33 is how often a proposal must be kept; 0.7^3 = 0.34, 0.7^4 = 0.24."""
-    assert len(Trail(DRAFT).proposals(8.0, 3, 12)) == 3
-    assert len(Trail(DRAFT).proposals(8.0, 3, 2)) == 2
-    assert len(Trail(DRAFT, rate=0.96).proposals(8.0, 16, 12)) == 5  # 1.2 * 16 / 24 = 0.8; 0.96^5 = 0.815, 0.96^6 = 0.783
-    assert Trail(DRAFT, rate=0.79).proposals(8.0, 16, 12) == ()
+    assert len(TRAIL.proposals(ROW, 8.0, 3, 12)) == 3
+    assert len(TRAIL.proposals(ROW, 8.0, 3, 2)) == 2
+    assert len(replace(TRAIL, rate=0.96).proposals(ROW, 8.0, 16, 12)) == 5  # 1.2 * 16 / 24 = 0.8; 0.96^5 = 0.815, 0.96^6 = 0.783
+    assert replace(TRAIL, rate=0.79).proposals(ROW, 8.0, 16, 12) == []
     for busy in (40, 64):  # 1.2 * 40 / 48 = 1
-        assert Trail(DRAFT, rate=1.0).proposals(8.0, busy, 12) == ()
-    assert Trail(DRAFT, place=58).proposals(8.0, 1, 6) == DRAFT[58:]
+        assert replace(TRAIL, rate=1.0).proposals(ROW, 8.0, busy, 12) == []
+    assert replace(TRAIL, place=64).proposals(ROW, 8.0, 1, 6) == [158, 159, 2]
+    assert replace(TRAIL, place=67).proposals(ROW, 8.0, 1, 6) == [9]  # there is no more of the row
 
 
 def test_the_draft_is_found_in_the_prompt_of_a_rewrite_only() -> None:
     tokens = np.array([*prompt([40, 7, 8, 7, 41]), 50, 51], dtype=np.int32)
-    assert begun(tokens, FRAME, len(tokens) - 2) == (Trail((41, 2)), len(tokens) - 2)  # the last opening counts
+    assert begun(tokens, FRAME, len(tokens) - 2) == (Trail(10, 12, 10), len(tokens) - 2)  # the last opening counts
     assert begun(np.array([1, 30, 31, 2, 9, 50]), FRAME, 5) is None
     assert begun(np.array([1, 7, 8, 7, 30, 50]), FRAME, 5) is None
     assert last_place(np.array([1, 2]), (1, 2, 3)) == -1
@@ -110,8 +133,9 @@ def test_the_frame_of_the_real_template_stands_in_every_prompt() -> None:
     ids = np.array(book.improver_ids(question, "  one two, three. "))
     found = begun(ids, Frame(before, after), len(ids))
     assert found is not None
-    assert book.decode(found[0].draft) == "one two, three."
-    assert found[0].draft[-1] == after[0]
+    draft = ids[found[0].begin : found[0].end].tolist()
+    assert book.decode(draft) == "one two, three."
+    assert draft[-1] == after[0]
     assert found[1] == len(ids)
     policy = np.array(book.policy_ids(question))
     assert begun(policy, Frame(before, after), len(policy)) is None
