@@ -15,13 +15,17 @@ import argparse
 import asyncio
 import hashlib
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from actors.draft_pointer import Frame
+import numpy as np
+
+from actors import draft_pointer
+from actors.draft_pointer import Frame, PointerProposer
 from actors.vllm_engine import EngineSpec, VllmEngine, engine_environment
 from bench.dpo_step import make_pairs
 from bench.machine import Line, answer, environment, run_arm, seconds
@@ -33,6 +37,8 @@ from sgpo_dist.roles import GenerateRequest, Sampling
 MODULE: Final = "bench.speculation"
 PROPOSALS: Final = {"plain": 0, "ours": 8}
 """By engine."""
+WEIGHED_FOR: Final = "SGPO_BENCH_WEIGHED_FOR"
+"""The environment variable with the path of a file that holds the requests for which proposals are weighed (0: those that run)."""
 SAME: Final = 0.95
 """The least share of requests with the same token ids: a draw may hang on the last digit of a sum, which other tokens beside it change."""
 REQUESTS: Final = {1: 4, 4: 24, 16: 48, 64: 64}
@@ -59,6 +65,11 @@ class Work:
         """As the table names it."""
         return f"{self.task}, {self.at_once} at once at {self.how.temperature:g}"
 
+    @property
+    def weighed_for(self) -> int:
+        """As ``launch`` has it, with as many in flight as here."""
+        return self.at_once if self.how.temperature else 0
+
 
 def measure(turns: int, model: str = "") -> list[Line]:
     """A line for each temperature and number of requests at once; ``turns`` of both arms in each of two processes, one for either order in which the
@@ -77,13 +88,26 @@ def _line(name: str, plain: Sequence[dict[str, Any]], ours: Sequence[dict[str, A
     return Line(name, "plain", seconds(plain, "took_s"), seconds(ours, "took_s"), guard, same >= SAME * len(pairs), notes, by_turns=True)
 
 
-async def run_engines(first: str, turns: int, model: Path) -> dict[str, Any]:
-    """By work and arm: timings, and what was made. The ``first`` engine starts first."""
+class WeighingProposer(PointerProposer):
+    """One that weighs as the file at ``WEIGHED_FOR`` says. Made by vLLM in its engine's process."""
+
+    def propose(
+        self, sampled_token_ids: Sequence[Sequence[int]], num_tokens_no_spec: np.ndarray, token_ids_cpu: np.ndarray, slot_mappings: Any = None
+    ) -> list[list[int]]:
+        """As the pointer does."""
+        self._busy = int(Path(os.environ[WEIGHED_FOR]).read_text(encoding="ascii"))
+        return super().propose(sampled_token_ids, num_tokens_no_spec, token_ids_cpu, slot_mappings)
+
+
+async def run_engines(first: str, turns: int, model: Path, weighed_for: Path) -> dict[str, Any]:
+    """By work and arm: timings, and what was made. The ``first`` engine starts first; the file ``weighed_for`` is made."""
     book = PromptBook(load_tokenizer(model))
     pairs = make_pairs(book, MOST_AT_ONCE)
     drafts = [pair.rejected.text for pair in pairs]
     rewrites = [book.improver_ids(pair.prompt, draft) for pair, draft in zip(pairs, drafts, strict=True)]
     answers = [pair.prompt_ids for pair in pairs]
+    draft_pointer.PROPOSER, os.environ[WEIGHED_FOR] = f"{MODULE}.{WeighingProposer.__name__}", str(weighed_for)  # type: ignore[misc]
+    weighed_for.write_text("0", encoding="ascii")
     engines: dict[str, VllmEngine] = {}
     found: dict[str, Any] = {}
     try:
@@ -99,6 +123,7 @@ async def run_engines(first: str, turns: int, model: Path) -> dict[str, Any]:
             if heat:
                 works.append(Work("answers", answers, MOST_AT_ONCE, short))
             for work in works:
+                weighed_for.write_text(str(work.weighed_for), encoding="ascii")
                 found[work.name] = await _by_turns(engines, work, turns, drafts)
     finally:
         for engine in engines.values():
@@ -155,7 +180,8 @@ def main() -> None:
     parser.add_argument("--model", default="")
     options = parser.parse_args()
     model = Path(options.model) if options.model else embedded_model_dir()
-    answer(options.arm, works=asyncio.run(run_engines(options.arm, options.turns, model)))
+    with tempfile.TemporaryDirectory() as place:
+        answer(options.arm, works=asyncio.run(run_engines(options.arm, options.turns, model, Path(place, "weighed_for"))))
 
 
 if __name__ == "__main__":

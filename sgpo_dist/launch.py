@@ -471,7 +471,7 @@ def engine_spec(config: Config, probes: tuple[ProbeRow, ...], model_dir: Path) -
         log_level=config.logging.level,
         max_num_seqs=rollout.concurrency,
         num_speculative_tokens=rollout.num_speculative_tokens,
-        speculation_busy=rollout.concurrency if rollout.improver.temperature and on_gpu(config) else 0,  # what is proposed changes draws there
+        speculation_busy=rollout.concurrency if rollout.improver.temperature else 0,  # on GPUs proposals change draws: not by who else runs
     )
 
 
