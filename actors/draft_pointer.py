@@ -4,9 +4,9 @@ vLLM's engine process makes one ``PointerProposer`` (``speculative_config`` meth
 next tokens might be; the model checks them all in one step and keeps those that it would have sampled. The pointer follows the draft, finds its
 place again after an edit (there, or where prompt and rewrite last had the same tokens), and proposes as many tokens as are likely to pay. Requests
 that are no rewrites get no proposals. Whatever is proposed, greedy rewrites are the same, and on processors sampled ones as well
-(``mend_sampling``). Elsewhere rejection sampling keeps the model's distribution but follows other random numbers, so that where rewrites are sampled
-proposals must not depend on what else runs (``busy``). Leaves out: which templates there are (``prompts``), when to speculate at all (the
-configuration).
+(``mend_sampling``), but for those that hang on a sum's last digit, which other tokens in a step may turn. Elsewhere rejection sampling keeps the
+model's distribution but follows other random numbers, so that where rewrites are sampled proposals must not depend on what else runs (``busy``).
+Leaves out: which templates there are (``prompts``), when to speculate at all (the configuration).
 
 Everything but ``PointerProposer`` is pure: a request's trail is a function of its tokens.
 """

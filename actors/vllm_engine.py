@@ -44,9 +44,9 @@ class EngineSpec:
     a CPU engine's KV cache, ``gpu_memory_utilization`` a GPU engine's memory. ``probes`` are scored after each received version.
     ``engine_kwargs`` go to vLLM unchanged and win over everything here. With requests in flight and no token for ``stuck_s`` the engine
     counts as hung. ``stop_token_ids`` end an answer beside the model's own end token (a chat template may close turns
-    with another one). Within rewrites, whose drafts stand in ``draft_frame``, at most ``num_speculative_tokens`` of the draft are proposed at a
-    time, as many as pay when ``speculation_busy`` requests run (0: for those that do). With ``turns``, a run's id, requests stand still while the
-    learner of that run computes on this machine (sgpo_dist/turns.py). ``repack_tied_head`` is for one regression test only.
+    with another one). Within rewrites, whose drafts stand in ``draft_frame``, at most ``num_speculative_tokens`` are proposed at a time
+    (actors/draft_pointer.py), as many as pay when ``speculation_busy`` requests run (0: for those that do). With ``turns``, a run's id, requests
+    stand still while the learner of that run computes on this machine (sgpo_dist/turns.py). ``repack_tied_head`` is for one regression test only.
     """
 
     model_dir: str

@@ -294,7 +294,7 @@ class RolloutConfig(Section):
     improver: ImproverSamplingConfig = Field(default_factory=ImproverSamplingConfig, description="Sampling of refinements.")
     template: str = Field("v1", description="Version of the improver's prompt template.")
     num_speculative_tokens: int = Field(
-        0, ge=0, description="Rewrites: so many tokens of the draft at most are proposed at a time, for the engine to check in one step; 0 = none."
+        0, ge=0, description="Rewrites: at most so many tokens, mostly the draft's, are proposed at a time to be checked in one step; 0 = none."
     )
     engine_kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to vLLM unchanged.")
     lease_s: float = Field(300.0, gt=0, description="A prompt not answered in this time goes to another worker.")
