@@ -80,6 +80,13 @@ def follow(trail: Trail, tokens: np.ndarray) -> Trail:
     return replace(trail, place=place, rate=MEMORY * trail.rate + (1 - MEMORY) * hit)
 
 
+def _followed(trail: Trail, tokens: np.ndarray, known: int) -> Trail:
+    """The trail after all of ``tokens``, of which it has followed ``known``."""
+    for end in range(known, len(tokens)):
+        trail = follow(trail, tokens[: end + 1])
+    return trail
+
+
 def _place_again(trail: Trail, tokens: np.ndarray) -> int:
     """After an edit: behind a token that is this one. First where the token before it fits as well, around the pointer in the draft and else last in
     the row (a rewrite repeats its prompt and itself, too), then without; where there is none, the edit replaced one token.
@@ -146,8 +153,7 @@ class PointerProposer:
         old = len(tokens) - fresh
         trail = self._known(tokens, old)
         if trail is not None:
-            for end in range(old, len(tokens)):
-                trail = follow(trail, tokens[: end + 1])
+            trail = _followed(trail, tokens, old)
         self._trails[_name(tokens)] = trail
         if len(self._trails) > MOST_TRAILS:
             self._trails.popitem(last=False)
@@ -165,9 +171,7 @@ class PointerProposer:
         if found is None:
             return None
         trail, start = found
-        for end in range(start, old):
-            trail = follow(trail, tokens[: end + 1])
-        return trail
+        return _followed(trail, tokens[:old], start)
 
 
 def _name(tokens: np.ndarray) -> int:
