@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -22,7 +22,7 @@ from sgpo_dist.data.embedded_model import embedded_model_dir
 
 RESULTS: Final = Path(__file__).parent / "RESULTS.md"
 HEADER: Final = "| what | baseline s | ours s | ratio (median) | ratio (worst) | guard |\n| --- | --- | --- | --- | --- | --- |"
-PARTS: Final = ("dpo", "shared", "binding", "sync", "delta", "loop", "speculation", "worker", "prefix", "gpu", "scale", "buffer")
+PARTS: Final = ("dpo", "shared", "binding", "sync", "delta", "loop", "speculation", "worker", "gpu", "scale", "buffer")
 
 
 def main() -> int:
@@ -49,37 +49,31 @@ def main() -> int:
 
 def _measure(parts: list[str], quick: bool, rounds: int, same_allocator: bool) -> tuple[list[Line], list[str]]:
     steps = 1 if quick else 2
-    works: dict[str, Callable[[], list[Line]]] = {
+    works: dict[str, Callable[[], Sequence[Line | str]]] = {
         "dpo": lambda: dpo_step.measure(steps, rounds, same_allocator),
         "shared": lambda: [dpo_step.measure_shared(steps, rounds)],
         "binding": lambda: [worker.measure_binding(steps)],
         "sync": lambda: weight_sync.measure(repeats=1 if quick else 3, restarts=1 if quick else 2),
+        "delta": weight_delta.measure,
         "loop": lambda: loop.measure(rounds),
         "speculation": lambda: speculation.measure(rounds),
         "worker": lambda: worker.measure(steps),
-    }
-    remarked: dict[str, Callable[[], list[str]]] = {
         "gpu": lambda: dpo_step.measure_gpu(steps),
-        "delta": weight_delta.measure,
-        "prefix": worker.measure_prefix,
         "scale": lambda: scale.measure(quick),
         "buffer": lambda: buffer.measure(quick),
     }
-    lines: list[Line] = []
-    remarks: list[str] = []
+    found: list[Line | str] = []
     minutes: list[str] = []
     for part in parts:
         print(f"{part}:", file=sys.stderr, flush=True)
         began = time.monotonic()
         try:
-            if part in remarked:
-                remarks += remarked[part]()
-            else:
-                lines += works[part]()
+            found += works[part]()
         except (RuntimeError, subprocess.TimeoutExpired) as problem:
-            remarks.append(f"{part}: FAILED, no figure: {' '.join(str(problem).split())[-400:]}")
+            found.append(f"{part}: FAILED, no figure: {' '.join(str(problem).split())[-400:]}")
         minutes.append(f"{part} {(time.monotonic() - began) / 60:.1f}")
-    return lines, [*remarks, f"minutes: {', '.join(minutes)}"]
+    found.append(f"minutes: {', '.join(minutes)}")
+    return [one for one in found if isinstance(one, Line)], [one for one in found if isinstance(one, str)]
 
 
 def _table(lines: list[Line], remarks: list[str]) -> str:

@@ -42,12 +42,11 @@ Logps = tuple[tuple[float, ...], ...]
 
 
 def measure(repeats: int, restarts: int) -> list[Line]:
-    """Both ratios. ``repeats`` versions are received, and as many reloaded, by one engine; ``restarts`` engines are started, one of them first."""
+    """Both ratios. ``restarts`` engines are started; the first goes on to receive ``repeats`` versions and reload as many."""
     variables = environment(allocator=False)
-    started = [run_arm(MODULE, "restart", {}, variables)]
     running = run_arm(MODULE, "running", {"repeats": repeats}, variables)
-    synced, reloaded = [running["sync"]], [running["reload"]]
-    started += [run_arm(MODULE, "restart", {}, variables) for _ in range(restarts - 1)]
+    others = [run_arm(MODULE, "restart", {}, variables) for _ in range(restarts - 1)]
+    started, synced, reloaded = [arm["restart"] for arm in (running, *others)], [running["sync"]], [running["reload"]]
     gap = max(value for arm in (*started, *synced) for value in arm["gaps"])
     guard = f"mean gap of the probes' log-probs to transformers' {gap:.1e} nats, allowed {TOLERANCE:.0e}"
     share = sum(synced[0]["stall_s"]) / sum(synced[0]["took_s"])
@@ -67,8 +66,12 @@ def measure(repeats: int, restarts: int) -> list[Line]:
 # ---- the arms -------------------------------------------------------------------------------------------------------------------------
 
 
-async def run_restart(model: Any, probes: tuple[ProbeRow, ...], prompt_ids: tuple[int, ...], folder: Path) -> dict[str, Any]:
-    """Perturbed weights into a directory, a new engine on it, one token."""
+async def run_engine(
+    model: Any, probes: tuple[ProbeRow, ...], prompt_ids: tuple[int, ...], folder: Path, memory: Path, repeats: int
+) -> dict[str, dict[str, list[float]]]:
+    """A restart; on its engine ``repeats`` perturbed versions each way, after one each that warms up. Reloads come last, as they leave a tied
+    head stale.
+    """
     perturb(model, seed=1)
     expected = transformers_logps(model, probes)
     began = time.perf_counter()
@@ -83,26 +86,9 @@ async def run_restart(model: Any, probes: tuple[ProbeRow, ...], prompt_ids: tupl
         await first_token(engine, prompt_ids, "first")
         took = time.perf_counter() - began
         got = await asyncio.wait_for(engine.logps(probes), DEADLINE_S)
-    finally:
-        await engine.stop()
-    return {"took_s": [took], "gaps": [mean_abs_gap(expected, got)]}
-
-
-async def run_running(
-    model: Any, probes: tuple[ProbeRow, ...], prompt_ids: tuple[int, ...], folder: Path, memory: Path, repeats: int
-) -> dict[str, dict[str, list[float]]]:
-    """One engine; ``repeats`` perturbed versions each way, after one each that warms up. Reloads come last, as they leave a tied head stale."""
-    spec = engine_spec(embedded_model_dir(), probes)
-    os.environ.update(engine_environment(spec))
-    engine = VllmEngine(spec)
-    found: dict[str, dict[str, list[float]]] = {}
-    try:
-        await asyncio.wait_for(engine.start(), START_DEADLINE_S)
-        for name, once, place in (("sync", _sync_once, memory), ("reload", _reload_once, folder)):
-            rows = []
-            for version in range(repeats + 1):
-                perturb(model, seed=version)
-                rows.append(await once(engine, model, version, probes, prompt_ids, place))
+        found = {"restart": {"took_s": [took], "gaps": [mean_abs_gap(expected, got)]}}
+        for name, once, place in (("sync", _sync_once, memory), ("reload", _reload_once, folder)) if repeats else ():
+            rows = [await once(engine, model, version, probes, prompt_ids, place) for version in range(repeats + 1)]
             found[name] = {key: [row[key] for row in rows[1:]] for key in rows[0]}
     finally:
         await engine.stop()
@@ -112,6 +98,7 @@ async def run_running(
 async def _reload_once(
     engine: VllmEngine, model: Any, version: int, probes: tuple[ProbeRow, ...], prompt_ids: tuple[int, ...], folder: Path
 ) -> dict[str, float]:
+    perturb(model, seed=version)
     expected = transformers_logps(model, probes)
     began = time.perf_counter()
     model.save_pretrained(folder)
@@ -125,6 +112,7 @@ async def _reload_once(
 async def _sync_once(
     engine: VllmEngine, model: Any, version: int, probes: tuple[ProbeRow, ...], prompt_ids: tuple[int, ...], folder: Path
 ) -> dict[str, float]:
+    perturb(model, seed=version)
     expected = transformers_logps(model, probes)
     path = folder / f"v{version}.safetensors"
     began = time.perf_counter()
@@ -192,7 +180,7 @@ def probe_rows(book: PromptBook) -> tuple[ProbeRow, ...]:
 
 
 def main() -> None:
-    """One arm, as a child of ``measure``."""
+    """An engine's restart, and with ``running`` what follows on it, as a child of ``measure``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arm", choices=["restart", "running"], required=True)
     parser.add_argument("--repeats", type=int, default=3)
@@ -205,10 +193,8 @@ def main() -> None:
     probes = probe_rows(PromptBook(load_tokenizer(embedded_model_dir())))
     shared = SHARED_MEMORY if SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > 2**30 else None
     with tempfile.TemporaryDirectory(prefix="sgpo-bench-") as folder, tempfile.TemporaryDirectory(prefix="sgpo-bench-", dir=shared) as memory:
-        if options.arm == "restart":
-            found = asyncio.run(run_restart(model, probes, probes[0].prompt_ids, Path(folder)))
-        else:
-            found = asyncio.run(run_running(model, probes, probes[0].prompt_ids, Path(folder), Path(memory), options.repeats))
+        repeats = options.repeats if options.arm == "running" else 0
+        found = asyncio.run(run_engine(model, probes, probes[0].prompt_ids, Path(folder), Path(memory), repeats))
     answer(options.arm, **found)
 
 

@@ -2,7 +2,7 @@
 
 ``worker``: the same prompts, answered and rewritten with the same seeds, once by two calls of the engine a prompt and nothing else, once by a real
 RolloutWorker that leases them from a real PairBuffer (SQLite, synchronous=FULL) and puts the pairs back. Guard: the same number of tokens.
-``prefix``: several samples a prompt, each rewritten; prompt tokens by prompt tokens that were not in the cache, as the engine counts them.
+Before these, several samples a prompt, each rewritten; prompt tokens by prompt tokens that were not in the cache, as the engine counts them.
 Guard: where nothing is found in the cache the texts are the same. ``binding`` (C17): the engine as vLLM binds it by itself and as we bind it, to
 all cores, with nobody else at work. Guard: the same texts. Called by ``python -m bench``; also run as a child of itself.
 """
@@ -41,26 +41,26 @@ DEADLINE_S: Final = 200.0
 OURS_TO_BIND: Final = ("VLLM_CPU_NUM_OF_RESERVED_CPU", "OMP_NUM_THREADS", "GOMP_SPINCOUNT")
 
 
-def measure(repeats: int) -> list[Line]:
-    """The worker's line."""
+def measure(repeats: int) -> list[Line | str]:
+    """The worker's line and the prefix cache's remark."""
     found = run_arm(MODULE, "worker", {"repeats": repeats}, environment(allocator=False))
     bare, ours = found["bare_tokens"], found["worker_tokens"]
     guard = f"tokens made by each: {bare} and {ours}"
     notes = (f"{PROMPTS} prompts, {AT_ONCE} at once; {found['outcomes']} outcomes were put",)
-    return [Line("rollout worker, bare engine", "bare engine", seconds([found], "bare_s"), seconds([found], "worker_s"), guard, bare == ours, notes)]
+    return [
+        Line("rollout worker, bare engine", "bare engine", seconds([found], "bare_s"), seconds([found], "worker_s"), guard, bare == ours, notes),
+        _prefix_remark(found["cached"], found["uncached"]),
+    ]
 
 
-def measure_prefix() -> list[str]:
-    """The prefix cache's remark."""
-    found = run_arm(MODULE, "prefix", {}, environment(allocator=False))
-    on, off = found["cached"], found["uncached"]
+def _prefix_remark(on: dict[str, Any], off: dict[str, Any]) -> str:
     saved = on["prompt_tokens"] / (on["prompt_tokens"] - on["cached_tokens"])
     same = on["texts"] == off["texts"]
     verdict = "ok" if same and not off["cached_tokens"] else "FAILED: the texts differ"
-    return [
+    return (
         f"prefix cache: {SAMPLED_PROMPTS} prompts, {SAMPLES} samples each, answered and rewritten: {on['prompt_tokens']} prompt tokens, "
         f"{on['cached_tokens']} from the cache: {saved:.2f} times fewer computed (goal {LEAST_SAVED}); same texts without it: {verdict}"
-    ]
+    )
 
 
 def measure_binding(repeats: int) -> Line:
@@ -95,10 +95,12 @@ async def _started(bound: bool = True) -> tuple[VllmEngine, PromptBook]:
 
 
 async def run_worker(repeats: int) -> dict[str, Any]:
-    """Both ways in turns, after one of each to warm up."""
+    """The prefix cache, while it holds nothing yet; then both ways in turns, after one of each to warm up."""
     engine, book = await _started()
     found: dict[str, Any] = {"bare_s": [], "worker_s": []}
     try:
+        for name, salted in (("uncached", True), ("cached", False)):
+            found[name] = await _all_samples(engine, book, salted)
         for turn in range(repeats + 1):
             began = time.perf_counter()
             found["bare_tokens"] = await _bare(engine, book)
@@ -165,15 +167,6 @@ async def run_binding(repeats: int, bound: bool) -> dict[str, Any]:
 # ---- the prefix cache -----------------------------------------------------------------------------------------------------------------
 
 
-async def run_prefix() -> dict[str, Any]:
-    """Both ways on one engine: without the cache every request has a salt of its own, with which its tokens are nobody else's."""
-    engine, book = await _started()
-    try:
-        return {name: await _all_samples(engine, book, salted) for name, salted in (("uncached", True), ("cached", False))}
-    finally:
-        await engine.stop()
-
-
 async def _all_samples(engine: VllmEngine, book: PromptBook, salted: bool) -> dict[str, Any]:
     """Greedy, so that texts compare; samples of one prompt differ by a sentence that is put before their drafts. All prompts at once."""
     counts = {"prompt_tokens": 0, "cached_tokens": 0}
@@ -203,17 +196,12 @@ async def _counted(engine: VllmEngine, counts: dict[str, int], name: str, ids: t
 
 
 def main() -> None:
-    """One arm, as a child of ``measure`` and ``measure_prefix``."""
+    """One arm, as a child of ``measure`` and ``measure_binding``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--arm", choices=["worker", "prefix", "auto", "bound"], required=True)
+    parser.add_argument("--arm", choices=["worker", "auto", "bound"], required=True)
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
-    if options.arm == "worker":
-        work = run_worker(options.repeats)
-    elif options.arm in ("auto", "bound"):
-        work = run_binding(options.repeats, options.arm == "bound")
-    else:
-        work = run_prefix()
+    work = run_worker(options.repeats) if options.arm == "worker" else run_binding(options.repeats, options.arm == "bound")
     answer(options.arm, **asyncio.run(work))
 
 
