@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import math
 import os
 import shutil
@@ -28,6 +29,7 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoTokenizer
 
+from learner import kernels
 from learner.batch import (
     MicroBatch,
     Row,
@@ -136,6 +138,7 @@ class LearnerRank:
             raise ConfigError(f"preference.loss_type '{stage.loss.loss_type}' is none of {', '.join(LOSSES)}")
         self._end_stage()
         spec = self._spec
+        self._choose_kernels()
         torch.manual_seed(spec.seed)
         attention, checkpointing = spec.learner.attn_implementation, spec.learner.gradient_checkpointing
         scorer = load_model(stage.model_dir, spec.model, attention, checkpointing, self._device, spec.seed)
@@ -271,6 +274,12 @@ class LearnerRank:
         settings = self._spec.learner
         bf16 = self._spec.model.dtype == "bfloat16"
         return EngineSettings(bf16, settings.zero_stage, settings.optimizer, Path(self._spec.cache_dir), settings.deepspeed_config)
+
+    def _choose_kernels(self) -> None:
+        if self._device.type != "cpu" or not self._spec.learner.cpu_kernels:
+            kernels.unload()
+        elif problem := kernels.load(Path(self._spec.cache_dir)):
+            logging.getLogger(__name__).warning(problem)
 
     def _end_stage(self) -> None:
         if self._state is not None:

@@ -18,12 +18,12 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from learner import attention
+from learner import attention, kernels
 from learner.batch import MicroBatch
 from sgpo_dist.config import LoraConfig, ModelConfig
 from sgpo_dist.errors import ConfigError, EnvironmentProblem
@@ -60,8 +60,7 @@ class ScoringHead(nn.Module):
         return logps_C
 
     def _logps(self, hidden_C_H: Tensor, target_C: Tensor) -> Tensor:
-        # log pi(target) = logit(target) - logsumexp(logits), in float32 whatever the model computes in
-        return -cross_entropy(linear(hidden_C_H, self.weight, self.bias).float(), target_C, reduction="none")
+        return kernels.target_logps(linear(hidden_C_H, self.weight, self.bias), target_C)
 
 
 class CompletionScorer(nn.Module):
@@ -149,6 +148,7 @@ def _read_model(model_dir: str, settings: ModelConfig, attn_implementation: str,
         raise EnvironmentProblem(f"model '{model_dir}' cannot be loaded: {str(problem).splitlines()[0]}") from problem
     if attn_implementation == "auto" and device.type == "cpu" and settings.dtype == "bfloat16":
         model.set_attn_implementation(attention.NAME)
+    kernels.fuse(model)
     altered = [key for key in ALTERED_LOGITS if getattr(model.config, key, None) not in (None, 1.0)]
     if altered:
         raise ConfigError(f"model '{model_dir}' sets {altered[0]}, which the learner's head does not apply; use another model")

@@ -125,8 +125,8 @@ def package_checks() -> Iterator[Check]:
 
 
 def compiler_checks() -> Iterator[Check]:
-    """What DeepSpeed and vLLM compile their operators with at their first use."""
-    for program, use in (("g++", "DeepSpeed's CPU Adam and some of vLLM's kernels"), ("ninja", "compiling them")):
+    """What the learner, DeepSpeed and vLLM compile their operators with at their first use."""
+    for program, use in (("g++", "the learner's kernels, DeepSpeed's CPU Adam and some of vLLM's kernels"), ("ninja", "compiling them")):
         beside = Path(sys.executable).parent / program
         path = shutil.which(program) or (str(beside) if beside.is_file() else None)
         remedy = "" if path else f"install {program}: needed by {use}"

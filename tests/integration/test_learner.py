@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from learner import kernels
 from learner.attention import NAME as PRODUCTS
 from learner.batch import collate_packed, example_row
 from learner.deepspeed_engine import join
@@ -564,6 +565,32 @@ def test_gradient_checkpointing_changes_nothing(make_rank: Callable[..., Learner
         norms.append(rank.preference_step(1, pairs(0))["grad_norm"])
         rank._end_stage()
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(("zero_stage", "lora"), [(0, False), (2, False), (3, True)])
+def test_kernels_change_nothing(make_rank: Callable[..., LearnerRank], model_dir: str, zero_stage: int, lora: bool):
+    found = []
+    for wanted in (True, False):
+        rank = make_rank(cpu_kernels=wanted, zero_stage=zero_stage, lora=lora)
+        rank.begin_stage(preference_stage(model_dir, nll_coef=1.0))
+        assert bool(kernels._kernels) is wanted
+        assert any("forward" in vars(module) for module in rank._current.engine.scorer.modules()) is wanted
+        found.append([rank.preference_step(step, pairs(step)) for step in (1, 2, 3)])
+        rank._end_stage()
+    for ours, plain in zip(*found, strict=True):
+        assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+
+
+def test_a_machine_without_a_compiler_trains_and_says_so(
+    make_rank: Callable[..., LearnerRank], model_dir: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    kernels.unload()
+    monkeypatch.setenv("PATH", "")
+    rank = make_rank()
+    rank.begin_stage(preference_stage(model_dir))
+    assert math.isfinite(rank.preference_step(1, pairs(0))["loss"])
+    assert "there is no g++" in caplog.text
 
 
 # ---- groups of ranks as Ray actors ------------------------------------------------------------------------------------------------
