@@ -587,7 +587,7 @@ def test_a_machine_without_a_compiler_trains_and_says_so(
 ):
     kernels.unload()
     monkeypatch.setenv("PATH", "")
-    rank = make_rank()
+    rank = make_rank(cpu_kernels=True)
     rank.begin_stage(preference_stage(model_dir))
     assert math.isfinite(rank.preference_step(1, pairs(0))["loss"])
     assert "there is no g++" in caplog.text
