@@ -1,9 +1,9 @@
 """What layers do element by element, on processors: RMS normalisation, SwiGLU, rotary positions, log-probs from logits.
 
 In PyTorch's operations each takes three to ten passes over memory; ``kernels.cpp`` takes one forward and one back, keeps less for the way back, and
-rounds where PyTorch does. g++ compiles it for the processor at hand in about two seconds when a learner first starts; later ones find the library
-in the cache. Where that fails everything stays PyTorch's, slower and otherwise the same. Called by the learner (``load``) and its model (``fuse``,
-``target_logps``). Leaves out: products, attention, GPUs.
+rounds where PyTorch does. g++ compiles it for the processor at hand in about two seconds when a learner with ``cpu_kernels`` first starts; later
+ones find the library in the cache. Where that fails everything stays PyTorch's, slower and otherwise the same. Called by the learner (``load``) and
+its model (``fuse``, ``target_logps``). Leaves out: products, attention, GPUs.
 
 Shapes: ``_N`` = tokens, ``_V`` = vocabulary, ``_B`` = rows, ``_H`` = heads, ``_L`` = positions, ``_D`` = width of a head.
 """
