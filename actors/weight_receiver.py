@@ -3,7 +3,7 @@
 vLLM imports this file there (``worker_extension_cls``), which registers our transport "shm" beside vLLM's own "nccl" and "ipc".
 ``vllm_engine`` drives it: read -> pause -> start, update, finish -> resume. Also holds the requests of all three transports, so that
 learner and engine agree on them, ends the engine's processes when the process that owns them is gone, and on processors gives vLLM's sampler a filter
-that need not sort (``nucleus``) and its layers faster kernels (``norm_kernels``). Proving is not done here.
+that need not sort (``nucleus``) and its layers faster kernels (``norm_kernels``), all before vLLM builds the model. Proving is not done here.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from vllm.v1.sample.ops import topk_topp_sampler
 
 from actors import norm_kernels
 from actors.nucleus import without_sorting
+from sgpo_dist import vector_math
 from sgpo_dist.weights.checksum import checksum_safetensors
 
 SHM = "shm"
@@ -250,6 +251,7 @@ def _enter_worker() -> None:
     """Done once, on import: vLLM resolves its extension class by import and offers no later moment in a worker's start."""
     if SHM not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(SHM, ShmReceiver)
+        vector_math.settle()
         if current_platform.is_cpu():
             norm_kernels.register(ir.ops)
             topk_topp_sampler.apply_top_k_top_p_pytorch = without_sorting(topk_topp_sampler.apply_top_k_top_p_pytorch)

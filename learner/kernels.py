@@ -221,7 +221,7 @@ def fuse(model: nn.Module) -> None:
         if (fused := _fused(modules[0])) is not None:
             for module in modules:
                 module.forward = MethodType(fused, module)
-        _fuse_rotation(sys.modules[kind.__module__])
+        _fuse_rotation(sys.modules.get(kind.__module__))
 
 
 def _fused(module: nn.Module) -> Forward | None:
@@ -259,7 +259,7 @@ def _gated_forward(plain: Forward) -> Forward:
     return forward
 
 
-def _fuse_rotation(place: ModuleType) -> None:
+def _fuse_rotation(place: ModuleType | None) -> None:
     """In the module of a model's own code, where its attention looks the function up."""
     plain = getattr(place, ROTATE, None)
     if plain is None or plain.__module__ == __name__:

@@ -50,6 +50,7 @@ from learner.losses import LOSSES, REFERENCE_FREE, zero_of
 from learner.model import DTYPES, CompletionScorer, adapters_off, load_model, load_reference
 from learner.objectives import Objective, nll_objective, preference_objective
 from learner.weight_sender import DeviceLink, WeightSender, WeightSource, build_sender, wire_dtype
+from sgpo_dist import vector_math
 from sgpo_dist.config import LearnerConfig, ModelConfig
 from sgpo_dist.errors import CheckpointError, ConfigError, RunFailed
 from sgpo_dist.records import PreferencePair, TokenExample
@@ -97,6 +98,7 @@ class LearnerRank:
         if spec.learner.zero_stage == 3 and spec.engine_dtype != spec.model.dtype:
             raise ConfigError(f"learner.zero_stage 3 proves its weights in model.dtype: set rollout.dtype to {spec.model.dtype}, or zero_stage to 2")
         torch.set_num_threads(spec.threads)
+        vector_math.settle()
         self._spec = spec
         self._clock = clock
         self._device = torch.device("cuda", 0) if spec.learner.gpus_per_rank else torch.device("cpu")
