@@ -314,7 +314,7 @@ class LearnerConfig(Section):
     optimizer: Literal["adamw", "cpu_adam"] = Field("adamw", description="Fused torch AdamW, or DeepSpeed's CPU Adam for offload.")
     gradient_checkpointing: bool = Field(False, description="Trade compute for memory.")
     attn_implementation: str = Field("auto", description="sdpa, eager, or auto: sdpa, with a faster backward pass for bf16 on CPUs.")
-    cpu_kernels: bool = Field(True, description="On CPUs: element-wise work of layers by kernels that g++ compiles once; false: PyTorch's own.")
+    cpu_kernels: bool = Field(False, description="On CPUs: element-wise work of layers by kernels that g++ compiles once; false: PyTorch's own.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     beta1: Share = Field(0.9, description="AdamW's first beta.")
