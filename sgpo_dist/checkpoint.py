@@ -216,14 +216,17 @@ class CheckpointStore:
             raise EnvironmentProblem(f"cannot write {draft} ({problem}); free space on the disk of {self._root}") from problem
         return replace(found, path=target)
 
-    def latest(self) -> Checkpoint | None:
-        """The newest intact checkpoint; None when there was never one.
+    def latest(self, before: int | None = None) -> Checkpoint | None:
+        """The newest intact checkpoint, of a step smaller than ``before`` if that is given; None when there was never one.
 
-        Damaged ones are passed over and told to ``warn``. Raises CheckpointError when one is foreign, or when none of several is intact.
+        Damaged ones are passed over and told to ``warn``. Raises CheckpointError when one is foreign, or, without ``before``, when none of
+        several is intact.
         """
         self._put_back()
         directories = self._directories()
-        for place, (path, _) in enumerate(sorted(self._listed(self._passed_over), key=lambda item: -item[1].sequence)):
+        for place, (path, manifest) in enumerate(sorted(self._listed(self._passed_over), key=lambda item: -item[1].sequence)):
+            if before is not None and manifest.step >= before:
+                continue
             try:
                 found = self._verified(path)
             except _DamagedError as damage:
@@ -232,7 +235,7 @@ class CheckpointStore:
             if place == 0:
                 self._finish_pointing(path.name)
             return found
-        if directories:
+        if directories and before is None:
             raise CheckpointError(
                 f"none of the {len(directories)} checkpoints in {self._root} is intact; restore one, or set run_name= to start afresh"
             )

@@ -226,6 +226,7 @@ class BrakesConfig(Section):
     min_length_ratio: float = Field(0.6, gt=0, description="Mean response length as a multiple of the stage's first steps' mean.")
     max_length_ratio: float = Field(1.7, gt=1, description="The same, upper limit.")
     max_repetition: Share = Field(0.4, description="Share of repeated word triples in responses.")
+    max_refused_rate: Share = Field(0.98, description="Share of all pairs and refusals that were refused; 1 = not looked at.")
     min_improver_win_rate: Share = Field(0.0, description="Of the held-out check (preference.health_steps); 0 = not looked at.")
 
 
@@ -314,7 +315,7 @@ class LearnerConfig(Section):
     optimizer: Literal["adamw", "cpu_adam"] = Field("adamw", description="Fused torch AdamW, or DeepSpeed's CPU Adam for offload.")
     gradient_checkpointing: bool = Field(False, description="Trade compute for memory.")
     attn_implementation: str = Field("auto", description="sdpa, eager, or auto: sdpa, with a faster backward pass for bf16 on CPUs.")
-    cpu_kernels: bool = Field(False, description="On CPUs: element-wise work of layers by kernels that g++ compiles once; false: PyTorch's own.")
+    cpu_kernels: bool = Field(True, description="On CPUs: element-wise work of layers by kernels that g++ compiles once; false: PyTorch's own.")
     max_grad_norm: float = Field(1.0, gt=0, description="Gradient clipping.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay.")
     beta1: Share = Field(0.9, description="AdamW's first beta.")

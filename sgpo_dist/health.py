@@ -1,8 +1,9 @@
 """How healthy the improver and the policy are in the preference stage, and the brakes that see a collapse coming.
 
 Called by the story once a step: ``pair_health`` of the step's pairs, ``refusal_health`` of what the buffer counted since the last step,
-``Idleness`` of the workers, and ``Brakes.observe`` of all the step's metrics. Needs no reference answer, no model and no judge. Left out: the
-held-out win rate (evaluate), what a brake does then (story), how people see it (report).
+``Idleness`` of the workers, and ``Brakes.observe`` of all the step's metrics; when the prompts are used up ``refusal_health`` once more, for
+``Brakes.amend``. Needs no reference answer, no model and no judge. Left out: the held-out win rate (evaluate), what a brake does then (story),
+how people see it (report).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from sgpo_dist.textual import edit_ratio, length_ratio, plain_words, repetition
 RESPONSE_LENGTH: Final = "completions/response_length"
 REPETITION: Final = "completions/repetition"
 WIN_RATE: Final = "improver/win_rate"
+REFUSED_RATE: Final = "improver/refused_rate"
+OUTCOMES: Final = "improver/outcomes"
 IDLE_WINDOW_S: Final = 10.0
 
 COPIES: Final = (RefusalReason.IDENTICAL, RefusalReason.NEAR_COPY)
@@ -64,7 +67,7 @@ def pair_health(pairs: Sequence[PreferencePair]) -> dict[str, float]:
 
 
 def refusal_health(before: BufferCounts | None, after: BufferCounts) -> dict[str, float]:
-    """Shares of the outcomes since ``before`` (None = since the stage began) that were refused; empty when there were none."""
+    """How many outcomes there were since ``before`` (None = since the stage began), and shares of them refused; empty when there were none."""
     refused = Counter(after.refused)
     refused.subtract(before.refused if before else {})
     pairs = _pairs_made(after) - (_pairs_made(before) if before else 0)
@@ -74,7 +77,8 @@ def refusal_health(before: BufferCounts | None, after: BufferCounts) -> dict[str
     return {
         "improver/copy_rate": sum(refused[reason] for reason in COPIES) / outcomes,
         "improver/meta_talk_rate": refused[RefusalReason.META_TALK] / outcomes,
-        "improver/refused_rate": refused.total() / outcomes,
+        REFUSED_RATE: refused.total() / outcomes,
+        OUTCOMES: outcomes,
     }
 
 
@@ -126,9 +130,14 @@ SAYINGS: Final[Mapping[str, str]] = {
     "min_length_ratio": "responses are {:.3g} times as long as in the stage's first steps",
     "max_length_ratio": "responses are {:.3g} times as long as in the stage's first steps",
     "max_repetition": "the share of repeated word triples in responses is {:.3g}",
+    "max_refused_rate": "the share of prompts that gave no pair is {:.3g}",
     "min_improver_win_rate": "the share of held-out drafts that the improver betters is {:.3g}",
 }
 """Limit in preference.brakes -> how to say what was measured. The value of a limit is still allowed."""
+
+
+ENOUGH_OUTCOMES: Final = 200
+"""Fewer say nothing about ``max_refused_rate``: between two steps there may be three, all refused."""
 
 
 class Idleness:
@@ -178,6 +187,16 @@ class Brakes:
         self._recent.append(metrics)
         if RESPONSE_LENGTH in metrics and len(self._first_lengths) < self._settings.window:
             self._first_lengths.append(metrics[RESPONSE_LENGTH])
+        return self._judged()
+
+    def amend(self, metrics: Mapping[str, float]) -> str | None:
+        """The same with ``metrics`` in place of those that the newest step had."""
+        if not self._recent:
+            return None
+        self._recent[-1] = {**self._recent[-1], **metrics}
+        return self._judged()
+
+    def _judged(self) -> str | None:
         reasons = self._reasons() if len(self._recent) == self._settings.window else {}
         self._is_new = not reasons.keys() <= self._crossed
         self._crossed = frozenset(reasons)
@@ -203,6 +222,7 @@ class Brakes:
             "min_length_ratio": ratio,
             "max_length_ratio": ratio,
             "max_repetition": self._mean(REPETITION),
+            "max_refused_rate": self._refused(),
             "min_improver_win_rate": self._mean(WIN_RATE),  # a limit of 0 is always kept
         }
         return {limit: value for limit, value in measured.items() if value is not None}
@@ -211,6 +231,12 @@ class Brakes:
         """Nats lost against the reference model."""
         mean = None if self._reference_free else self._mean(reward)
         return None if mean is None else -mean / self._beta
+
+    def _refused(self) -> float | None:
+        """Share of all outcomes of the window: one step may have eight and the next one thousands. None while they are too few."""
+        outcomes = sum(metrics.get(OUTCOMES, 0.0) for metrics in self._recent)
+        refused = sum(metrics.get(REFUSED_RATE, 0.0) * metrics.get(OUTCOMES, 0.0) for metrics in self._recent)
+        return refused / outcomes if outcomes >= ENOUGH_OUTCOMES else None
 
     def _mean(self, name: str) -> float | None:
         """Mean over the window's steps that have the metric; None when none has."""

@@ -42,6 +42,8 @@ async def optimise_preferences(run: Run) -> None:
         batch = await supply.batch(step)
         if batch is None:
             run.recorder.message(f"prompts are used up after {run.progress.step} of {settings.total_steps} steps: the stage ends here")
+            async with run.stop.held:
+                await look_once_more(run, watch)
             break
         async with run.stop.held:
             is_braked = await train_step(run, watch, step, batch)
@@ -62,6 +64,13 @@ async def train_step(run: Run, watch: Watch, step: int, batch: StepBatch) -> boo
     due = step % run.config.weights.weight_sync_interval == 0
     await after_step(run, metrics, publish=due and is_online(run.config.preference))
     return False
+
+
+async def look_once_more(run: Run, watch: Watch) -> None:
+    """Brake for what came after the last step: a policy that says nothing new any more uses its prompts up without another one."""
+    reason = await watch.observe_refusals()
+    if reason is not None:
+        await brake(run, reason, watch.is_new)
 
 
 def is_online(settings: PreferenceConfig) -> bool:
@@ -189,6 +198,7 @@ class Watch:
         settings = run.config.preference
         self._run = run
         self._brakes = Brakes(settings.brakes, settings.beta, reference_free=settings.loss_type == "simpo")
+        self._counts_before: BufferCounts | None = None  # of the step before the newest
         self._counts: BufferCounts | None = None
         self._idleness = Idleness()
         for row in read_metrics(run.directory / "metrics.jsonl"):
@@ -200,13 +210,18 @@ class Watch:
         settings = self._run.config.preference
         metrics |= await asyncio.to_thread(pair_health, pairs)
         if settings.pairs != "given":
-            counts = await self._run.buffer.counts(Stage.PREFERENCE)
-            metrics |= refusal_health(self._counts, counts)
-            self._counts = counts
+            self._counts_before, self._counts = self._counts, await self._run.buffer.counts(Stage.PREFERENCE)
+            metrics |= refusal_health(self._counts_before, self._counts)
             metrics |= self._idleness.observe(await self._run.fleet.stats(), time.monotonic())
         if settings.health_steps and self._run.progress.step % settings.health_steps == 0 and not self._run.stop.reason:
             metrics |= await self._check_improver()
         return None if is_skipped(metrics) else self._brakes.observe(metrics)
+
+    async def observe_refusals(self) -> str | None:
+        """The same when no other step follows, with what was refused after the last one counted as that one's."""
+        if self._run.config.preference.pairs == "given":
+            return None
+        return self._brakes.amend(refusal_health(self._counts_before, await self._run.buffer.counts(Stage.PREFERENCE)))
 
     async def _check_improver(self) -> Mapping[str, float]:
         """On the workers' weights, which are made the newest where no step does that: online they are at most a sync interval old."""
@@ -223,8 +238,11 @@ class Watch:
         return self._brakes.is_new
 
 
-async def brake(run: Run, reason: str, is_new: bool, metrics: Mapping[str, float]) -> bool:
-    """Do what ``preference.brakes.action`` says; whether the stage ends here, then with ``metrics`` recorded. Raises StoppedOnRequest for 'pause'."""
+async def brake(run: Run, reason: str, is_new: bool, metrics: Mapping[str, float] | None = None) -> bool:
+    """Do what ``preference.brakes.action`` says; whether the stage ends here, then with a new step's ``metrics`` recorded.
+
+    Raises StoppedOnRequest for 'pause'.
+    """
     action = run.config.preference.brakes.action
     if action == "off" or (action == "warn" and not is_new):
         return False
@@ -233,7 +251,8 @@ async def brake(run: Run, reason: str, is_new: bool, metrics: Mapping[str, float
     if action == "warn":
         run.recorder.message(f"{line} (preference.brakes.action=warn: going on)")
         return False
-    record_step(run, metrics)
+    if metrics is not None:
+        record_step(run, metrics)
     if action == "pause":
         await save_checkpoint(run, run.stage, run.progress.step)
         raise StoppedOnRequest(f"paused by the {line}; run the same command with preference.brakes.action=warn to go on all the same")
@@ -242,14 +261,15 @@ async def brake(run: Run, reason: str, is_new: bool, metrics: Mapping[str, float
 
 
 async def roll_back(run: Run, reason: str) -> None:
-    """Put the learner back on the last checkpoint of this stage, or on its start; what was trained after it does not count."""
-    checkpoint = await asyncio.to_thread(run.store.latest)  # it hashes every file, and supervision goes on meanwhile
+    """Put the learner back on this stage's last checkpoint before its newest step, or on its start; what was trained after it does not count."""
+    checkpoint = await asyncio.to_thread(run.store.latest, run.progress.global_step)  # it hashes every file, and supervision goes on meanwhile
     saved = Progress.from_facts(checkpoint.facts) if checkpoint is not None else None
     step = saved.step if saved is not None and saved.stage == run.stage else 0
     before = run.progress
     await run.learner.begin_stage(run.learner_stage(run.stage, run.config.preference.total_steps))
     if checkpoint is not None and step:
         await run.learner.load(str(checkpoint.path / "learner"))
+    await run.buffer.restore(run.incarnation, run.stage, step)  # a checkpoint of the newest step has made its rows count as trained
     run.moved(step=step, global_step=before.global_step - (before.step - step))
     run.unpublished_steps += 1  # the workers hold weights that no longer are
     run.unsaved_steps = 0

@@ -29,6 +29,7 @@ _PROBE: Final = "qzxjv"
 """A word that no chat template contains: marks where the assistant's text would stand."""
 _UNLIKE: Final = ("Alike", "7 of them")
 """Texts that share no token, neither at their beginnings nor at their ends."""
+_SAMPLE: Final = " It's 3.14 \u00e9\n\n\tdef f(x):  # \u4f60\u597d \U0001f600 "
 _FENCED: Final = re.compile(r"```[\w+-]*[ \t]*\n(?P<inner>.*?)\n?```", re.DOTALL)
 _QUOTES: Final = (('"', '"'), ("“", "”"), ("«", "»"))
 
@@ -68,6 +69,7 @@ class PromptBook:
 
     def __init__(self, tokenizer: Tokenizer, version: str = "v1") -> None:
         self._tokenizer = tokenizer
+        self._encoded = _encoder(tokenizer)
         added = tokenizer.added_tokens_decoder.values()
         self._special = tuple(token.content for token in added if token.special and len(token.content) > 1)
         self._improver = _template(f"{IMPROVER}.{version}")
@@ -108,7 +110,7 @@ class PromptBook:
 
     def completion_ids(self, text: str) -> tuple[int, ...]:
         """A written answer as the model would have sampled it: its text, then the end-of-turn token."""
-        return (*self._tokenizer.encode(self._defused(text), add_special_tokens=False), self.eos_id)
+        return (*self._encoded(self._defused(text)), self.eos_id)
 
     def written(self, text: str, version: int) -> Completion:
         """A written text as a completion that ended by itself."""
@@ -137,7 +139,7 @@ class PromptBook:
             text = self._tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         except jinja2.TemplateError as problem:
             raise DataError(f"the model's chat template refuses prompt '{prompt_id}': {problem}") from None
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+        return tuple(self._encoded(text))
 
     def _defused(self, text: str) -> str:
         """Special tokens spelled out in foreign text are broken by a space: data must not open or close turns."""
@@ -163,6 +165,24 @@ def load_tokenizer(
             f"model '{model_dir}' has no chat template; use an instruction-tuned model, or put a chat_template.jinja into its directory"
         )
     return cast("Tokenizer", tokenizer)
+
+
+def _encoder(tokenizer: Tokenizer) -> Callable[[str], Sequence[int]]:
+    """``tokenizer.encode`` without special tokens of its own: by its Rust part alone, without offsets and masks, where that gives the same ids."""
+
+    def plain(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if not hasattr(backend, "encode_batch_fast"):
+        return plain
+
+    def fast(text: str) -> list[int]:
+        return cast("list[int]", backend.encode_batch_fast([text], add_special_tokens=False)[0].ids)
+
+    sample = " ".join([_SAMPLE, *(token.content for token in tokenizer.added_tokens_decoder.values()), _SAMPLE])
+    ids = plain(sample)  # which leaves the Rust part neither truncating nor padding
+    return fast if fast(sample) == ids and fast(_SAMPLE) == plain(_SAMPLE) else plain
 
 
 def _auto_tokenizer() -> Callable[..., Any]:

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import Final
 
 _CJK: Final = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-_WORD: Final = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+|[^\w\s]")
+_WORD: Final = re.compile(rf"[^\W{_CJK}]+|[{_CJK}]|[^\w\s]")
+_PLAIN_WORD: Final = re.compile(rf"[^\W{_CJK}]+|(?=\w)[{_CJK}]")
 _END: Final = re.compile(r"[.!?…]+[\"'”’)\]*_]*(?=\s)|[。！？]+|(?=\n)")
 _COMPLETE: Final = re.compile(r"(?:[.!?…。！？][\"'”’)\]*_»」]*|[}\]]|```)$")
 _ENUMERATOR: Final = re.compile(r"[\s*#>-]*\(?(?:\d{1,3}|[A-Za-z])[.)]$")
@@ -30,7 +31,7 @@ def words(text: str) -> list[str]:
 
 def plain_words(text: str) -> list[str]:
     """Words only, case folded: for comparing content."""
-    return [word for word in _WORD.findall(text.casefold()) if word[0].isalnum() or word[0] == "_"]
+    return _PLAIN_WORD.findall(text.casefold())
 
 
 def common_subsequence(a: Sequence[str], b: Sequence[str]) -> int:

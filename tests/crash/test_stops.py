@@ -20,7 +20,7 @@ from sgpo_dist.checkpoint import CheckpointStore
 from sgpo_dist.config import build_config
 from sgpo_dist.data.loading import Corpus
 from sgpo_dist.errors import StoppedOnRequest
-from sgpo_dist.records import Completion, FinishReason, Message, PreferencePair, Prompt, Stage
+from sgpo_dist.records import Completion, FinishReason, Message, PreferencePair, Prompt, Refusal, RefusalReason, Stage
 from sgpo_dist.roles import GenerateRequest, GenerationTask, LearnerStage
 from sgpo_dist.run import FINISHED, Progress, Run, StopRequest
 from sgpo_dist.story import train
@@ -336,6 +336,36 @@ def test_the_step_that_a_brake_ends_on_is_recorded(tmp_path: Path, action: str) 
     rows = [(step, metrics["rewards/chosen"]) for stage, step, metrics in played.recorder.rows if stage == "preference"]
     assert rows == [(1, 0.0), (2, 0.0), (3, -1.0)]
     assert isinstance(played.failure, StoppedOnRequest) == (action == "pause")
+
+
+@dataclass
+class CopyingFleet(FakeFleet):
+    """The weights of version 5, of step 4 of preference, make nothing but copies."""
+
+    async def _generate(self, task: GenerationTask) -> None:
+        while self.versions[-1] < 5:
+            for lease in (await self.buffer.lease(task.incarnation, "w1", task.stage, BATCH)).leases:
+                answer = Completion("bad", (1, 2), FinishReason.STOP, self.versions[-1])
+                better = Completion(f"good {self.weights}", (1, 2), FinishReason.STOP, self.versions[-1])
+                await self.buffer.put(task.incarnation, "w1", [PreferencePair(lease.uid, lease.stage, lease.prompt, (3,), answer, better, "v1")])
+            await asyncio.sleep(0.002)
+        while leases := (await self.buffer.lease(task.incarnation, "w1", task.stage, BATCH)).leases:
+            copies = [Refusal(lease.uid, lease.stage, lease.prompt.prompt_id, RefusalReason.IDENTICAL) for lease in leases]
+            await self.buffer.put(task.incarnation, "w1", copies)
+
+
+@pytest.mark.parametrize("action", ["warn", "pause", "rollback"])
+def test_a_policy_that_gives_no_further_pair_meets_a_brake_when_the_prompts_are_used_up(tmp_path: Path, action: str) -> None:
+    preference = {"total_steps": STEPS, "epochs": 10, "max_staleness": 0, "brakes": {"action": action, "window": 1}}
+    config = build_config(a_config(0, 1).model_dump() | {"preference": preference})
+    played = attempt(tmp_path / "run", AskingLearner(), config, CopyingFleet)
+    reason = "the share of prompts that gave no pair is 0.995 (preference.brakes.max_refused_rate 0.98)"
+    assert [fields for kind, fields in played.recorder.events if kind == "brake"] == [{"action": action, "step": 4, "reason": reason}]
+    assert [step for stage, step, _ in played.recorder.rows if stage == "preference"] == [1, 2, 3, 4]
+    assert isinstance(played.failure, StoppedOnRequest) == (action == "pause")
+    rolled_back = [(fields["from_step"], fields["to_step"]) for kind, fields in played.recorder.events if kind == "rolled_back"]
+    assert rolled_back == ([(4, 2)] if action == "rollback" else [])  # the newest checkpoint is of step 4 itself
+    assert audit_run(played.run.directory).problems == ()
 
 
 def test_without_publications_between_steps_the_check_looks_at_the_weights_in_training(tmp_path: Path) -> None:

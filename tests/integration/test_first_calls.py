@@ -21,12 +21,21 @@ def test_learner_and_engine_settle_them_first(module: str) -> None:
         "engine": "import actors.weight_receiver",
     }[module]
     program = f"""
+from torch.utils._python_dispatch import TorchDispatchMode
 from sgpo_dist import vector_math
 from sgpo_dist.config import LearnerConfig, ModelConfig
 from learner.learner import LearnerRank, RankSpec
-vector_math.settle = lambda: print("settled")
-{begin}
+
+class Heard(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        called.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {{}}))
+
+called = set()
+vector_math.settle = lambda: print("settled after", sorted(called.intersection(vector_math.FUNCTIONS)))
+with Heard():
+    {begin}
 """
     environment = dict(os.environ) | {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment, cwd=ROOT, timeout=120)
-    assert "settled" in done.stdout.splitlines()
+    assert "settled after []" in done.stdout.splitlines()

@@ -148,7 +148,7 @@ def test_the_gate_stops_that_improver_when_question_and_draft_change_places(runs
 
 
 def test_a_brake_takes_a_ruined_policy_back_to_the_last_good_checkpoint(runs: Runs) -> None:
-    ruin = ("preference.learning_rate=0.02", "preference.total_steps=20", "preference.brakes.action=rollback")
+    ruin = ("preference.learning_rate=0.02", "preference.total_steps=20", "preference.epochs=16", "preference.brakes.action=rollback")
     done = runs.train("braked", "stages=[preference]", *ruin)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "discarded by rollback" in runs.audit("braked")

@@ -90,8 +90,9 @@ def test_refusals_are_shares_of_the_outcomes_since_the_last_step() -> None:
     before = counts(ready=2, trained=4, identical=3, meta_talk=1)
     after = counts(ready=3, trained=6, stale=1, identical=4, near_copy=1, meta_talk=2, empty=1)  # 4 more pairs, one of them stale by now
     found = refusal_health(before, after)  # 4 refusals: 2 copies, 1 talk, 1 empty
-    assert found == {"improver/copy_rate": 2 / 8, "improver/meta_talk_rate": 1 / 8, "improver/refused_rate": 4 / 8}
-    assert refusal_health(None, before) == {"improver/copy_rate": 0.3, "improver/meta_talk_rate": 0.1, "improver/refused_rate": 0.4}
+    assert found == {"improver/copy_rate": 2 / 8, "improver/meta_talk_rate": 1 / 8, "improver/refused_rate": 4 / 8, "improver/outcomes": 8}
+    since_the_start = {"improver/copy_rate": 0.3, "improver/meta_talk_rate": 0.1, "improver/refused_rate": 0.4, "improver/outcomes": 10}
+    assert refusal_health(None, before) == since_the_start
 
 
 def test_no_outcome_since_the_last_step_says_nothing() -> None:
@@ -181,6 +182,31 @@ def test_the_win_rate_counts_where_it_was_measured_and_a_limit_is_set() -> None:
     assert observed({"improver/win_rate": 0.3}, {}, {}, min_improver_win_rate=0.3) == [None] * 3
     said = "the share of held-out drafts that the improver betters is 0.29 (preference.brakes.min_improver_win_rate 0.3)"
     assert observed({}, {"improver/win_rate": 0.29}, {}, {}, min_improver_win_rate=0.3) == [None, said, said, None]  # leaves the window
+
+
+def refused(share: float, outcomes: int) -> dict[str, float]:
+    return {"improver/refused_rate": share, "improver/outcomes": outcomes}
+
+
+def test_refusals_are_counted_over_the_window_whatever_a_step_had_of_them() -> None:
+    assert observed(refused(0.98, 400), window=1) == [None]
+    said = "the share of prompts that gave no pair is 0.99 (preference.brakes.max_refused_rate 0.98)"
+    assert observed(refused(0.99, 400), window=1) == [said]
+    assert observed(refused(0.0, 8), refused(0.999, 1000)) == [None, said.replace("0.99 ", "0.991 ")]
+    assert observed(refused(0.97, 400), refused(1.0, 3), {}) == [None] * 3  # 391 of 403, then 3 of 3
+    assert [said is None for said in observed(refused(1.0, 199), {}, refused(1.0, 200))] == [True, True, False]
+    assert observed(refused(1.0, 400), window=1, max_refused_rate=1) == [None]
+
+
+def test_what_was_refused_after_the_last_step_counts_as_that_step_s() -> None:
+    brakes = Brakes(BrakesConfig(max_chosen_drop=3.0), 0.1)
+    assert brakes.amend(refused(1.0, 400)) is None  # no step yet
+    for chosen in (-0.2, -0.39):
+        assert brakes.observe({"rewards/chosen": chosen} | refused(0.5, 16)) is None
+    assert brakes.amend(refused(0.9, 400)) is None  # and the drop is still that of both steps
+    said = brakes.amend(refused(0.999, 4000))
+    assert said is not None
+    assert said.startswith("the share of prompts that gave no pair is 0.997")
 
 
 def test_one_bad_step_in_the_window_is_averaged_and_a_short_window_says_nothing() -> None:
