@@ -226,7 +226,7 @@ class BrakesConfig(Section):
     min_length_ratio: float = Field(0.6, gt=0, description="Mean response length as a multiple of the stage's first steps' mean.")
     max_length_ratio: float = Field(1.7, gt=1, description="The same, upper limit.")
     max_repetition: Share = Field(0.4, description="Share of repeated word triples in responses.")
-    max_refused_rate: Share = Field(0.98, description="Share of all pairs and refusals that were refused; 1 = not looked at.")
+    max_refused_rate: Share = Field(0.98, description="Share of pairs and refusals, if there are 200 or more, that were refused; 1 = not looked at.")
     min_improver_win_rate: Share = Field(0.0, description="Of the held-out check (preference.health_steps); 0 = not looked at.")
 
 

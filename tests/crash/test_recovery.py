@@ -25,9 +25,9 @@ from sgpo_dist.checkpoint import CheckpointStore
 from sgpo_dist.config import build_config
 from sgpo_dist.data.loading import Corpus
 from sgpo_dist.errors import RunFailed, SgpoError, WorkerFault
-from sgpo_dist.records import Completion, FinishReason, Message, PreferencePair, Prompt, Stage
+from sgpo_dist.records import Completion, FinishReason, Message, PreferencePair, Prompt, Refusal, Stage
 from sgpo_dist.recovery import LEARNER, version_to_go_on_with
-from sgpo_dist.roles import GenerationTask, LearnerStage, WorkerStats
+from sgpo_dist.roles import GenerationTask, LearnerStage, Lease, WorkerStats
 from sgpo_dist.run import FINISHED, Progress, Run
 from sgpo_dist.story import train
 from sgpo_dist.weights.version import WeightBundle, WeightProof
@@ -159,12 +159,13 @@ class FakeFleet:
     async def _generate(self, task: GenerationTask) -> None:
         while True:
             for lease in (await self.buffer.lease(task.incarnation, WORKER, task.stage, 4)).leases:
-                version, weights = self.versions[-1], self.weights
-                response = Completion("a bad answer", (1, 2), FinishReason.STOP, version)
-                refinement = replace(response, text=f"a good answer by {weights}")
-                pair = PreferencePair(lease.uid, lease.stage, lease.prompt, (3,), response, refinement, "v1")
-                await self.buffer.put(task.incarnation, WORKER, [pair])
+                await self.buffer.put(task.incarnation, WORKER, [self._outcome(lease)])
             await asyncio.sleep(0.002)
+
+    def _outcome(self, lease: Lease) -> PreferencePair | Refusal:
+        response = Completion("a bad answer", (1, 2), FinishReason.STOP, self.versions[-1])
+        refinement = replace(response, text=f"a good answer by {self.weights}")
+        return PreferencePair(lease.uid, lease.stage, lease.prompt, (3,), response, refinement, "v1")
 
 
 class FakeRecorder:

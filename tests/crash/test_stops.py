@@ -21,7 +21,7 @@ from sgpo_dist.config import build_config
 from sgpo_dist.data.loading import Corpus
 from sgpo_dist.errors import StoppedOnRequest
 from sgpo_dist.records import Completion, FinishReason, Message, PreferencePair, Prompt, Refusal, RefusalReason, Stage
-from sgpo_dist.roles import GenerateRequest, GenerationTask, LearnerStage
+from sgpo_dist.roles import GenerateRequest, GenerationTask, LearnerStage, Lease
 from sgpo_dist.run import FINISHED, Progress, Run, StopRequest
 from sgpo_dist.story import train
 
@@ -342,16 +342,9 @@ def test_the_step_that_a_brake_ends_on_is_recorded(tmp_path: Path, action: str) 
 class CopyingFleet(FakeFleet):
     """The weights of version 5, of step 4 of preference, make nothing but copies."""
 
-    async def _generate(self, task: GenerationTask) -> None:
-        while self.versions[-1] < 5:
-            for lease in (await self.buffer.lease(task.incarnation, "w1", task.stage, BATCH)).leases:
-                answer = Completion("bad", (1, 2), FinishReason.STOP, self.versions[-1])
-                better = Completion(f"good {self.weights}", (1, 2), FinishReason.STOP, self.versions[-1])
-                await self.buffer.put(task.incarnation, "w1", [PreferencePair(lease.uid, lease.stage, lease.prompt, (3,), answer, better, "v1")])
-            await asyncio.sleep(0.002)
-        while leases := (await self.buffer.lease(task.incarnation, "w1", task.stage, BATCH)).leases:
-            copies = [Refusal(lease.uid, lease.stage, lease.prompt.prompt_id, RefusalReason.IDENTICAL) for lease in leases]
-            await self.buffer.put(task.incarnation, "w1", copies)
+    def _outcome(self, lease: Lease) -> PreferencePair | Refusal:
+        pair = super()._outcome(lease)
+        return pair if self.versions[-1] < 5 else Refusal(lease.uid, lease.stage, lease.prompt.prompt_id, RefusalReason.IDENTICAL)
 
 
 @pytest.mark.parametrize("action", ["warn", "pause", "rollback"])
