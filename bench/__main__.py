@@ -19,6 +19,7 @@ from typing import Final
 from bench import buffer, dpo_step, loop, scale, speculation, weight_delta, weight_sync, worker
 from bench.machine import Line, facts
 from sgpo_dist.data.embedded_model import embedded_model_dir
+from sgpo_dist.precision import processor_dtype
 
 RESULTS: Final = Path(__file__).parent / "RESULTS.md"
 HEADER: Final = "| what | baseline s | ours s | ratio (median) | ratio (worst) | guard |\n| --- | --- | --- | --- | --- | --- |"
@@ -49,11 +50,12 @@ def main() -> int:
 
 def _measure(parts: list[str], quick: bool, rounds: int, same_allocator: bool) -> tuple[list[Line], list[str]]:
     steps = 1 if quick else 2
+    costly = 1 if quick or processor_dtype() == "float32" else 2  # products are slow there
     works: dict[str, Callable[[], Sequence[Line | str]]] = {
-        "dpo": lambda: dpo_step.measure(steps, rounds, same_allocator),
-        "shared": lambda: [dpo_step.measure_shared(steps, rounds)],
+        "dpo": lambda: dpo_step.measure(costly, rounds, same_allocator),
+        "shared": lambda: [dpo_step.measure_shared(costly, rounds)],
         "binding": lambda: [worker.measure_binding(steps)],
-        "sync": lambda: weight_sync.measure(repeats=1 if quick else 3, restarts=1 if quick else 2),
+        "sync": lambda: weight_sync.measure(repeats=1 if quick else 3, restarts=costly),
         "delta": weight_delta.measure,
         "loop": lambda: loop.measure(rounds),
         "speculation": lambda: speculation.measure(rounds),

@@ -172,19 +172,19 @@ def _completion(book: PromptBook, text: str) -> Completion:
 # ---- our arm --------------------------------------------------------------------------------------------------------------------------
 
 
-def run_ours(pairs: Sequence[PreferencePair], timed_steps: int, dtype: str, gpu: bool) -> dict[str, Any]:
-    """``WARM_UP`` steps, ``timed_steps`` with pairs not seen before, and as many with pairs whose reference log-probs are known."""
-    rank = make_rank(dtype, gpu, total_steps=WARM_UP + 2 * timed_steps)
+def run_ours(pairs: Sequence[PreferencePair], timed_steps: int, fresh_steps: int, dtype: str, gpu: bool) -> dict[str, Any]:
+    """``WARM_UP`` steps, ``fresh_steps`` with pairs not seen before, and ``timed_steps`` with pairs whose reference log-probs are known."""
+    rank = make_rank(dtype, gpu, total_steps=WARM_UP + fresh_steps + timed_steps)
     fresh: list[tuple[float, float]] = []
     known: list[tuple[float, float]] = []
     tokens = 0
-    for number in range(WARM_UP + timed_steps):
+    for number in range(WARM_UP + fresh_steps):
         renamed = [replace(pair, uid=f"{pair.uid}-{number}") for pair in pairs]
         metrics, took = _timed_step(rank, number + 1, renamed, gpu)
         tokens = int(metrics["perf/tokens"])
         fresh += [took] if number >= WARM_UP else []
     for number in range(timed_steps):
-        _, took = _timed_step(rank, WARM_UP + timed_steps + number + 1, renamed, gpu)
+        _, took = _timed_step(rank, WARM_UP + fresh_steps + number + 1, renamed, gpu)
         known.append(took)
     work = _products(rank, pairs) if not gpu else {}
     parameters = sum(parameter.numel() for parameter in rank._current.engine.scorer.parameters())
@@ -301,14 +301,14 @@ def _compute_all_twice() -> None:
     module.pair_row = _row_apart
 
 
-def make_rank(dtype: str, gpu: bool, total_steps: int, learning_rate: float = LEARNING_RATE) -> Any:
-    """A learner of one rank with the embedded model, at the start of a preference stage."""
+def make_rank(dtype: str, gpu: bool, total_steps: int, learning_rate: float = LEARNING_RATE, sent_in: str = "") -> Any:
+    """A learner of one rank with the embedded model, at the start of a preference stage. ``sent_in``: the type it publishes, else ``dtype``."""
     from learner.learner import LearnerRank, RankSpec
 
     model = ModelConfig.model_validate({"dtype": dtype})
     budget = 16384 if gpu else 2048
     settings = LearnerConfig.model_validate({"gpus_per_rank": float(gpu), "beta2": 0.999, "max_tokens_per_micro_batch": budget})
-    rank = LearnerRank(RankSpec(0, 1, model, settings, "shm", dtype, (), "bench", 0, str(default_cache_root()), THREADS))
+    rank = LearnerRank(RankSpec(0, 1, model, settings, "shm", sent_in or dtype, (), "bench", 0, str(default_cache_root()), THREADS))
     rank.connect("127.0.0.1", free_port())
     plan = OptimiserPlan(learning_rate, total_steps, warmup_ratio=0.0, schedule="constant", beta2=0.999)
     model_dir = str(embedded_model_dir())
@@ -436,7 +436,8 @@ def main() -> None:
     if options.arm in ("ours", "shared", "apart"):
         if options.arm == "apart":
             _compute_all_twice()
-        answer(options.arm, **run_ours(pairs, options.steps, options.dtype, bool(options.gpu)))
+        fresh_steps = options.steps if options.arm == "ours" else 0
+        answer(options.arm, **run_ours(pairs, options.steps, fresh_steps, options.dtype, bool(options.gpu)))
     elif options.arm == "gradients":
         answer(options.arm, **run_gradients(pairs))
     elif options.arm == "exact":

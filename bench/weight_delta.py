@@ -1,8 +1,8 @@
 """What one optimiser step changes in the weights as they travel, and what it costs to send only that (goal C15).
 
-A real learner takes one DPO step at a learning rate of 1e-6 and publishes before and after it; the patch between the two files is made and applied as
-for a worker on another node (``sgpo_dist/weights/delta.py``). Beside it: copying the whole file in memory. Guard: the patched file's digest is
-the published one. Called by ``python -m bench``; also run as a child of itself.
+A real learner takes one DPO step at a learning rate of 1e-6, computing in the type that suits the processor, and publishes bfloat16 before and
+after it; the patch between the two files is made and applied as for a worker on another node (``sgpo_dist/weights/delta.py``). Beside it: copying
+the whole file in memory. Guard: the patched file's digest is the published one. Called by ``python -m bench``; also run as a child of itself.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 from bench.dpo_step import PAIRS, make_pairs, make_rank
 from bench.machine import answer, environment, run_arm
 from sgpo_dist.data.embedded_model import embedded_model_dir
+from sgpo_dist.precision import processor_dtype
 from sgpo_dist.prompts import PromptBook, load_tokenizer
 from sgpo_dist.weights import delta
 from sgpo_dist.weights.checksum import checksum_safetensors
@@ -43,7 +44,7 @@ def measure() -> list[str]:
 def run_delta() -> dict[str, Any]:
     """Publish, step, publish; then the patch."""
     pairs = make_pairs(PromptBook(load_tokenizer(embedded_model_dir())), PAIRS)
-    rank = make_rank("bfloat16", gpu=False, total_steps=1, learning_rate=LEARNING_RATE)
+    rank = make_rank(processor_dtype(), gpu=False, total_steps=1, learning_rate=LEARNING_RATE, sent_in="bfloat16")
     old = np.fromfile(rank.publish(0).uri, np.uint8)
     rank.preference_step(1, pairs)
     bundle = rank.publish(1)
