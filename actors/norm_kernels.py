@@ -1,13 +1,16 @@
 """Layer normalisation of engines on processors by the compiled kernels that vLLM uses on GPUs only.
 
 In PyTorch's operations it takes six passes, each with a barrier of its threads, which is a tenth of a decode step of a small model; the kernel
-takes one, with its sums in float32 as well. Registered in vLLM's worker by ``weight_receiver`` as one more provider of vLLM's operations,
-chosen by ``PRIORITY`` (vLLM's ``ir_op_priority``). What a kernel cannot take goes to vLLM's own way as before.
+takes one, with its sums in float32 as well. Where a processor has nothing newer than AVX2, vLLM's kernels cut bfloat16 off instead of rounding
+it, an error that adds up over the layers: a type that they do not round is not taken.
+
+Registered in vLLM's worker by ``weight_receiver`` as one more provider of vLLM's operations, chosen by ``PRIORITY`` (vLLM's ``ir_op_priority``).
+What a kernel cannot take goes to vLLM's own way as before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import torch
@@ -21,15 +24,18 @@ VECTOR: Final = 32
 
 def register(ops: Any) -> None:
     """Add the kernels to ``ops``, which is ``vllm.ir.ops``."""
+    dtypes = frozenset(dtype for dtype in (torch.float32, torch.bfloat16, torch.float16) if rounds(dtype))
 
-    @ops.rms_norm.register_impl(PROVIDER, supports_args=lambda x, weight, epsilon, variance_size=None: takes(weight, variance_size, x))
+    @ops.rms_norm.register_impl(PROVIDER, supports_args=lambda x, weight, epsilon, variance_size=None: takes(dtypes, weight, variance_size, x))
     def rms_norm(x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None) -> Tensor:
         out = torch.empty_like(x)
         torch.ops._C.rms_norm(out, x, weight, epsilon)
         return out
 
     @ops.fused_add_rms_norm.register_impl(
-        PROVIDER, supports_args=lambda x, x_residual, weight, epsilon, variance_size=None: takes(weight, variance_size, x, x_residual), inplace=True
+        PROVIDER,
+        supports_args=lambda x, x_residual, weight, epsilon, variance_size=None: takes(dtypes, weight, variance_size, x, x_residual),
+        inplace=True,
     )
     def fused_add_rms_norm(
         x: Tensor, x_residual: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
@@ -38,10 +44,19 @@ def register(ops: Any) -> None:
         return x, x_residual
 
 
-def takes(weight: Tensor | None, variance_size: int | None, *inputs: Tensor) -> bool:
-    """Whether the kernels take these arguments."""
+def rounds(dtype: torch.dtype) -> bool:
+    """Whether the kernels round to the nearest number of this type: their sum of x and residual is then PyTorch's, to the last bit."""
+    x, residual = (torch.linspace(first, last, 64 * VECTOR).to(dtype).view(64, VECTOR) for first, last in ((-3.0, 3.0), (1.0, 2.0)))
+    expected = x + residual
+    torch.ops._C.fused_add_rms_norm(x, residual, torch.ones(VECTOR, dtype=dtype), 1e-5)
+    return torch.equal(residual, expected)
+
+
+def takes(dtypes: Collection[torch.dtype], weight: Tensor | None, variance_size: int | None, *inputs: Tensor) -> bool:
+    """Whether the kernels take these arguments, and ``dtypes`` their type."""
     return (
         weight is not None
+        and weight.dtype in dtypes
         and variance_size is None
         and weight.numel() % VECTOR == 0
         and all(tensor.is_contiguous() and tensor.dtype == weight.dtype for tensor in inputs)
