@@ -1,8 +1,8 @@
 """Layer normalisation of engines on processors by the compiled kernels that vLLM uses on GPUs only.
 
 In PyTorch's operations it takes six passes, each with a barrier of its threads, which is a tenth of a decode step of a small model; the kernel
-takes one, with its sums in float32 as well. Where a processor has nothing newer than AVX2, vLLM's kernels cut bfloat16 off instead of rounding
-it, an error that adds up over the layers: a type that they do not round is not taken.
+takes one, with its sums in float32 as well. Where a processor lacks AVX512-BF16's instructions, vLLM's kernels cut bfloat16 off instead of rounding
+it, an error that adds up over the layers: a type that they do not round is not taken, which the log says once norms come in it.
 
 Registered in vLLM's worker by ``weight_receiver`` as one more provider of vLLM's operations, chosen by ``PRIORITY`` (vLLM's ``ir_op_priority``).
 What a kernel cannot take goes to vLLM's own way as before.
@@ -10,11 +10,15 @@ What a kernel cannot take goes to vLLM's own way as before.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
+from functools import cache
 from typing import Any, Final
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 PROVIDER: Final = "sgpo_processor"
 PRIORITY: Final[Mapping[str, list[str]]] = {"rms_norm": [PROVIDER], "fused_add_rms_norm": [PROVIDER]}
@@ -54,10 +58,19 @@ def rounds(dtype: torch.dtype) -> bool:
 
 def takes(dtypes: Collection[torch.dtype], weight: Tensor | None, variance_size: int | None, *inputs: Tensor) -> bool:
     """Whether the kernels take these arguments, and ``dtypes`` their type."""
+    if weight is None:
+        return False
+    if weight.dtype not in dtypes:
+        tell_left_out(weight.dtype)
+        return False
     return (
-        weight is not None
-        and weight.dtype in dtypes
-        and variance_size is None
+        variance_size is None
         and weight.numel() % VECTOR == 0
         and all(tensor.is_contiguous() and tensor.dtype == weight.dtype for tensor in inputs)
     )
+
+
+@cache
+def tell_left_out(dtype: torch.dtype) -> None:
+    """Once a process."""
+    logger.warning("norms in %s take PyTorch's slower way: on this processor vLLM's kernels do not round it", str(dtype).removeprefix("torch."))

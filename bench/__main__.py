@@ -59,7 +59,7 @@ def _measure(parts: list[str], quick: bool, rounds: int, same_allocator: bool) -
         "delta": weight_delta.measure,
         "loop": lambda: loop.measure(rounds),
         "speculation": lambda: speculation.measure(rounds),
-        "worker": lambda: worker.measure(steps),
+        "worker": lambda: worker.measure(costly),
         "gpu": lambda: dpo_step.measure_gpu(steps),
         "scale": lambda: scale.measure(quick),
         "buffer": lambda: buffer.measure(quick),

@@ -176,7 +176,7 @@ def probe_rows(book: PromptBook) -> tuple[ProbeRow, ...]:
     """The first held-out chat rows with their references."""
     rows = chat.rows("heldout")[:PROBES]
     prompts = [Prompt(row["id"], (Message("user", row["prompt"]),)) for row in rows]
-    return tuple(ProbeRow(book.policy_ids(prompt), book.completion_ids(row["reference"])[:48]) for prompt, row in zip(prompts, rows, strict=True))
+    return tuple(ProbeRow.cut(book.policy_ids(prompt), book.completion_ids(row["reference"])) for prompt, row in zip(prompts, rows, strict=True))
 
 
 def main() -> None:

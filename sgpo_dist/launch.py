@@ -294,7 +294,7 @@ def _require_revisions(config: Config) -> None:
 def probe_rows(corpus: Corpus, book: PromptBook, count: int) -> tuple[ProbeRow, ...]:
     """Fixed texts that both sides score after each sync: prompts with their references, or with themselves where there is none."""
     prompts = (*corpus.references, *corpus.heldout, *corpus.prompts)[:count]
-    return tuple(ProbeRow(book.policy_ids(prompt), book.completion_ids(prompt.reference or prompt.text)[:48]) for prompt in prompts)
+    return tuple(ProbeRow.cut(book.policy_ids(prompt), book.completion_ids(prompt.reference or prompt.text)) for prompt in prompts)
 
 
 def _leave_model(source: Path, directory: RunDirectory) -> None:

@@ -8,8 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final, Self
 
 from sgpo_dist.errors import WeightSyncError
+
+PROMPT_TOKENS: Final = 64
+COMPLETION_TOKENS: Final = 32
+"""The most of a probe: both sides compute all of it at each publication, whatever a run's texts are. With less of a prompt what follows is less
+certain, and gaps in bfloat16 are wider."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +24,11 @@ class ProbeRow:
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
+
+    @classmethod
+    def cut(cls, prompt_ids: tuple[int, ...], completion_ids: tuple[int, ...]) -> Self:
+        """A prompt's last tokens and its completion's first."""
+        return cls(prompt_ids[-PROMPT_TOKENS:], completion_ids[:COMPLETION_TOKENS])
 
 
 @dataclass(frozen=True, slots=True)
